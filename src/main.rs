@@ -1,0 +1,2 @@
+//! ternoss.
+fn main() {}
