@@ -1,0 +1,131 @@
+//! BitLinear: a linear layer with ternary weights and 8-bit activations.
+
+use burn::{
+    config::Config,
+    module::{Module, Param},
+    nn,
+    tensor::{Tensor, backend::Backend},
+};
+use ternoss_backends::{FormatError, TernaryBackend, ternary_linear};
+
+use crate::{PackedTernary, TernaryConfig, TernaryTensor, absmax, absmean};
+
+/// `y = Q8(x) T(W)^T + b`: 8-bit activations, one scale a token ([`absmax`]), times ternary weights ([`absmean`]).
+///
+/// The weight is *latent* (float, ternarized anew in every forward pass, straight-through gradient: for training and
+/// calibration) or *packed* (codes and scales, for inference). Both compute the same function: equal codes, outputs
+/// equal up to the float rounding of the dense product.
+#[derive(Module, Debug)]
+pub struct BitLinear<B: Backend> {
+    /// Latent or packed.
+    pub weight: BitWeight<B>,
+    /// `[out_features]`
+    pub bias: Option<Param<Tensor<B, 1>>>,
+}
+
+/// The weight of a [`BitLinear`].
+#[derive(Module, Debug)]
+pub enum BitWeight<B: Backend> {
+    /// Floats that are ternarized in every forward pass.
+    Latent(LatentWeight<B>),
+    /// Codes and scales.
+    Packed(TernaryTensor<B>),
+}
+
+/// A float weight and the way it becomes ternary.
+#[derive(Module, Debug)]
+pub struct LatentWeight<B: Backend> {
+    /// `[out_features, in_features]`
+    pub weight: Param<Tensor<B, 2>>,
+    config: TernaryConfig,
+}
+
+impl<B: Backend> LatentWeight<B> {
+    /// The ternary matrix in full, with a straight-through gradient to the latent weight: `[out_features, in_features]`.
+    pub fn fake_quantize(&self) -> Tensor<B, 2> {
+        let latent = self.weight.val();
+        let frozen = latent.clone().detach();
+        let ternary = absmean(frozen.clone(), self.config.granularity).to_dense();
+        absmax::straight_through(latent, frozen, ternary)
+    }
+}
+
+/// Configuration of a [`BitLinear`] that starts from random latent weights.
+#[derive(Config, Debug)]
+pub struct BitLinearConfig {
+    /// Size of the input features.
+    pub d_input: usize,
+    /// Size of the output features.
+    pub d_output: usize,
+    /// Whether there is a bias.
+    #[config(default = true)]
+    pub bias: bool,
+    /// How the latent weight becomes ternary.
+    #[config(default = "TernaryConfig::default()")]
+    pub ternary: TernaryConfig,
+}
+
+impl BitLinearConfig {
+    /// A latent layer, initialized as Burn's own linear layer is.
+    pub fn init<B: Backend>(&self, device: &B::Device) -> BitLinear<B> {
+        let dense = nn::LinearConfig::new(self.d_input, self.d_output).with_bias(self.bias).init(device);
+        BitLinear::from_linear(&dense, &self.ternary)
+    }
+}
+
+impl<B: Backend> BitLinear<B> {
+    /// A latent layer with the weight and bias of a dense one.
+    pub fn from_linear(linear: &nn::Linear<B>, config: &TernaryConfig) -> Self {
+        let weight = linear.weight.val().detach().transpose();
+        Self {
+            weight: BitWeight::Latent(LatentWeight { weight: Param::from_tensor(weight), config: *config }),
+            bias: linear.bias.clone(),
+        }
+    }
+
+    /// A layer around packed weights.
+    pub fn from_packed(weight: TernaryTensor<B>, bias: Option<Tensor<B, 1>>) -> Self {
+        Self { weight: BitWeight::Packed(weight), bias: bias.map(Param::from_tensor) }
+    }
+
+    /// `[in_features, out_features]`
+    pub fn shape(&self) -> [usize; 2] {
+        match &self.weight {
+            BitWeight::Latent(latent) => {
+                let [out_features, in_features] = latent.weight.dims();
+                [in_features, out_features]
+            }
+            BitWeight::Packed(packed) => [packed.layout().in_features, packed.layout().rows],
+        }
+    }
+
+    /// The same layer with its weight packed; one that is packed already stays as it is.
+    ///
+    /// # Errors
+    /// [`FormatError`] when the configuration does not describe a valid layout.
+    pub fn pack(self) -> Result<Self, FormatError> {
+        let BitWeight::Latent(latent) = &self.weight else { return Ok(self) };
+        let weight = latent.weight.val().detach();
+        let parts = absmean(weight.clone(), latent.config.granularity);
+        let packed = PackedTernary::pack(&[parts], latent.config.format)?;
+        let packed = TernaryTensor::from_packed(packed, &weight.device())?;
+        Ok(Self { weight: BitWeight::Packed(packed), bias: self.bias })
+    }
+}
+
+impl<B: TernaryBackend> BitLinear<B> {
+    /// `[.., in_features]` to `[.., out_features]`.
+    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        let y = match &self.weight {
+            BitWeight::Latent(latent) => {
+                let weight = latent.fake_quantize().transpose();
+                absmax::fake_quantize(x).matmul(weight.unsqueeze())
+            }
+            BitWeight::Packed(packed) => ternary_linear(x, &packed.weight(), 0),
+        };
+        match &self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! A linear layer that is dense or ternary.
+
+use burn::{module::Module, nn, tensor::{Tensor, backend::Backend}};
+use ternoss_backends::{FormatError, TernaryBackend};
+
+use crate::{BitLinear, TernaryConfig};
+
+/// `y = x W^T + b`, its weight in full precision or ternary: the type of every linear field of a model, so that
+/// making the model ternary is a matter of values, not of types.
+#[derive(Module, Debug)]
+pub enum Linear<B: Backend> {
+    /// Full precision: Burn's own layer (weight `[in_features, out_features]`).
+    Dense(nn::Linear<B>),
+    /// Ternary weights, 8-bit activations.
+    Ternary(BitLinear<B>),
+}
+
+impl<B: Backend> Linear<B> {
+    /// `[in_features, out_features]`
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(dense) => dense.weight.dims(),
+            Self::Ternary(ternary) => ternary.shape(),
+        }
+    }
+
+    /// The same layer with absmean ternary weights, packed; a layer that is ternary already is packed as it is.
+    ///
+    /// # Errors
+    /// [`FormatError`] when `config` does not describe a valid layout (a group size that is no multiple of 64).
+    pub fn to_ternary(&self, config: &TernaryConfig) -> Result<Self, FormatError> {
+        match self {
+            Self::Dense(dense) => BitLinear::from_linear(dense, config).pack().map(Self::Ternary),
+            Self::Ternary(ternary) => ternary.clone().pack().map(Self::Ternary),
+        }
+    }
+}
+
+impl<B: TernaryBackend> Linear<B> {
+    /// `[.., in_features]` to `[.., out_features]`.
+    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        match self {
+            Self::Dense(dense) => dense.forward(x),
+            Self::Ternary(ternary) => ternary.forward(x),
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Packed ternary matrices: on the host for files, on a device as a Burn module.
+
+use burn::{
+    module::{Module, Param, ParamId},
+    tensor::{DType, Int, Tensor, TensorData, backend::Backend},
+};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use ternoss_backends::{CodeFormat, FormatError, TernaryLayout, TernaryWeight};
+
+use crate::{Granularity, TernaryParts};
+
+/// How a dense weight becomes a ternary one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TernaryConfig {
+    /// How many weights share a scale.
+    pub granularity: Granularity,
+    /// How the trits are packed.
+    pub format: CodeFormat,
+}
+
+impl Default for TernaryConfig {
+    /// Groups of 64 inputs, 2-bit codes.
+    fn default() -> Self {
+        Self { granularity: Granularity::Group(64), format: CodeFormat::T2 }
+    }
+}
+
+/// Packed ternary matrices of one shape in host memory, ready for a file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PackedTernary {
+    /// Shape and format.
+    pub layout: TernaryLayout,
+    /// `[matrices, planes, rows, words_per_row]`
+    pub codes: Vec<u32>,
+    /// `[matrices, planes, rows]`
+    pub row_scales: Vec<f32>,
+    /// `[matrices, planes, rows, groups]`, empty where a row has one scale.
+    pub group_scales: Vec<u8>,
+}
+
+impl PackedTernary {
+    /// Packs one matrix, given as one or more planes.
+    ///
+    /// # Errors
+    /// [`FormatError`] when there is no plane, the planes differ in shape, or the layout is not a valid one.
+    pub fn pack<B: Backend>(planes: &[TernaryParts<B>], format: CodeFormat) -> Result<Self, FormatError> {
+        let first = planes.first().ok_or(FormatError::Empty { what: "planes" })?;
+        let [rows, in_features] = first.trits.dims();
+        let group_size = first.group_size;
+        let layout = TernaryLayout { format, matrices: 1, planes: planes.len(), rows, in_features, group_size };
+        layout.validate()?;
+        let mut packed = Self { layout, codes: Vec::new(), row_scales: Vec::new(), group_scales: Vec::new() };
+        for plane in planes {
+            let found = plane.trits.dims();
+            if found != [rows, in_features] || plane.group_size != group_size {
+                let expected = vec![rows, in_features];
+                return Err(FormatError::Shape { tensor: "plane", expected, found: found.into() });
+            }
+            packed.codes.extend(pack_rows(&layout, &host(plane.trits.clone())));
+            packed.row_scales.extend(host(plane.row_scales.clone()));
+            let group_scales = plane.group_scales.clone().map(host).unwrap_or_default();
+            packed.group_scales.extend(group_scales.into_iter().map(|scale| scale as u8));
+        }
+        Ok(packed)
+    }
+
+    /// Puts matrices of one layout behind one another, as the experts of a layer.
+    ///
+    /// # Errors
+    /// [`FormatError`] when there is none or they differ in layout.
+    pub fn stack(parts: impl IntoIterator<Item = Self>) -> Result<Self, FormatError> {
+        let mut parts = parts.into_iter();
+        let mut all = parts.next().ok_or(FormatError::Empty { what: "matrices" })?;
+        let single = all.layout;
+        for part in parts {
+            if part.layout != single {
+                let shape = |layout: &TernaryLayout| layout.codes_shape().to_vec();
+                let (expected, found) = (shape(&single), shape(&part.layout));
+                return Err(FormatError::Shape { tensor: "codes", expected, found });
+            }
+            all.layout.matrices += part.layout.matrices;
+            all.codes.extend(part.codes);
+            all.row_scales.extend(part.row_scales);
+            all.group_scales.extend(part.group_scales);
+        }
+        Ok(all)
+    }
+}
+
+fn pack_rows(layout: &TernaryLayout, trits: &[f32]) -> Vec<u32> {
+    let words_per_row = layout.words_per_row();
+    let mut words = vec![0; layout.rows * words_per_row];
+    words
+        .par_chunks_mut(words_per_row)
+        .zip(trits.par_chunks(layout.in_features))
+        .for_each_init(Vec::new, |row, (words, trits)| {
+            row.clear();
+            row.extend(trits.iter().map(|trit| *trit as i8));
+            layout.format.pack_row(row, words);
+        });
+    words
+}
+
+fn host<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+/// One or more packed ternary matrices of one shape (the experts of a layer, or a single linear's weight).
+#[derive(Module, Debug)]
+pub struct TernaryTensor<B: Backend> {
+    /// U32 words of codes: `[matrices, planes, rows, words_per_row]`.
+    pub codes: Param<Tensor<B, 4, Int>>,
+    /// `[matrices, planes, rows]`
+    pub row_scales: Param<Tensor<B, 3>>,
+    /// U8 multiples of the row scale, `[matrices, planes, rows, groups]`; absent where a row has one scale.
+    pub group_scales: Option<Param<Tensor<B, 4, Int>>>,
+    layout: TernaryLayout,
+}
+
+impl<B: Backend> TernaryTensor<B> {
+    /// Wraps packed tensors, which may point into a mapped file.
+    pub fn new(weight: TernaryWeight<B>) -> Self {
+        Self {
+            codes: Param::initialized(ParamId::new(), weight.codes),
+            row_scales: Param::from_tensor(weight.row_scales),
+            group_scales: weight.group_scales.map(|scales| Param::initialized(ParamId::new(), scales)),
+            layout: weight.layout,
+        }
+    }
+
+    /// Moves packed matrices to a device.
+    ///
+    /// # Errors
+    /// [`FormatError`] when the parts do not fit the layout.
+    pub fn from_packed(packed: PackedTernary, device: &B::Device) -> Result<Self, FormatError> {
+        let layout = packed.layout;
+        let group_scales = layout.group_size.map(|_| {
+            let data = TensorData::new(packed.group_scales, layout.group_scales_shape());
+            Tensor::from_data(data, (device, DType::U8))
+        });
+        let weight = TernaryWeight::new(
+            Tensor::from_data(TensorData::new(packed.codes, layout.codes_shape()), (device, DType::U32)),
+            Tensor::from_data(TensorData::new(packed.row_scales, layout.row_scales_shape()), device),
+            group_scales,
+            layout,
+        )?;
+        Ok(Self::new(weight))
+    }
+
+    /// Shape and format.
+    pub fn layout(&self) -> TernaryLayout {
+        self.layout
+    }
+
+    /// The tensors as the kernels take them; cheap, they are shared.
+    pub fn weight(&self) -> TernaryWeight<B> {
+        TernaryWeight {
+            codes: self.codes.val(),
+            row_scales: self.row_scales.val(),
+            group_scales: self.group_scales.as_ref().map(Param::val),
+            layout: self.layout,
+        }
+    }
+}
