@@ -1,1 +1,45 @@
-//! Placeholder.
+//! GPT-OSS as Burn modules.
+//!
+//! In the order data flows: [`config`] (what `config.json` says), [`rope`], [`attention`], [`router`], [`experts`],
+//! [`layer`], [`gpt_oss`]; then what surrounds the model: [`checkpoint`] (files), `tokenizer`, [`sampling`],
+//! [`generate`] and [`perplexity`].
+//!
+//! ```no_run
+//! use ternoss_model::{Checkpoint, GptOss, LoadOptions, StopRules, sampling::{Sampler, SamplingConfig}};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("gpt-oss-20b".as_ref())?;
+//! let model = GptOss::<B>::load(&checkpoint, LoadOptions::default(), &Default::default())?;
+//! let mut sampler = Sampler::new(SamplingConfig::greedy())?;
+//! let rules = StopRules { max_tokens: 32, stop_tokens: vec![] };
+//! let tokens = model.generate(&[1, 2, 3], &mut model.new_cache(), &mut sampler, &rules, |token| {
+//!     println!("{token}");
+//!     std::ops::ControlFlow::Continue(())
+//! })?;
+//! # Ok(()) }
+//! ```
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
+
+pub mod attention;
+pub mod cache;
+pub mod checkpoint;
+pub mod config;
+pub mod experts;
+pub mod generate;
+pub mod gpt_oss;
+pub mod layer;
+pub mod perplexity;
+pub mod rope;
+pub mod router;
+pub mod sampling;
+pub mod table;
+#[cfg(feature = "tokenizer")]
+pub mod tokenizer;
+
+pub use cache::KvCache;
+pub use checkpoint::{Checkpoint, CheckpointError, ExpertPlacement, LoadOptions};
+pub use config::{ConfigError, GptOssConfig};
+pub use generate::{GenerateError, StopRules};
+pub use gpt_oss::{GptOss, TokenOutOfRange};
+pub use perplexity::{Perplexity, PerplexityError};

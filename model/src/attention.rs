@@ -1,0 +1,65 @@
+//! Grouped-query attention with learned sinks and an optional sliding window.
+
+use burn::{
+    module::{Module, Param},
+    tensor::{Tensor, backend::Backend},
+};
+use ternoss_backends::{AttentionSpec, FormatError, TernaryBackend, sink_attention};
+use ternoss_quant::{Linear, TernaryConfig};
+
+use crate::{cache::LayerCache, rope::RotaryTables};
+
+/// Attention of one layer (`self_attn`).
+///
+/// A sink is a logit per head that takes part in the softmax and has no value: attention may go nowhere. Source:
+/// `GptOssAttention` and `eager_attention_forward` of transformers, `AttentionBlock` of openai/gpt-oss.
+#[derive(Module, Debug)]
+pub struct Attention<B: Backend> {
+    /// `[hidden, q_heads * head_dim]`
+    pub q_proj: Linear<B>,
+    /// `[hidden, kv_heads * head_dim]`
+    pub k_proj: Linear<B>,
+    /// `[hidden, kv_heads * head_dim]`
+    pub v_proj: Linear<B>,
+    /// `[q_heads * head_dim, hidden]`
+    pub o_proj: Linear<B>,
+    /// `[q_heads]`
+    pub sinks: Param<Tensor<B, 1>>,
+    pub(crate) head_dim: usize,
+    pub(crate) window: Option<usize>,
+}
+
+impl<B: TernaryBackend> Attention<B> {
+    /// `x` `[tokens, hidden]`, already normed, to the attention's output `[tokens, hidden]`; `cache` holds the tokens
+    /// before these and takes these in.
+    pub fn forward(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
+        let q = rope.rotate(self.heads(self.q_proj.forward(x.clone())));
+        let k = rope.rotate(self.heads(self.k_proj.forward(x.clone())));
+        let v = self.heads(self.v_proj.forward(x));
+        let (keys, values) = cache.append(k, v);
+        let spec = AttentionSpec { scale: (self.head_dim as f32).sqrt().recip(), window: self.window };
+        self.o_proj.forward(sink_attention(q, keys, values, self.sinks.val(), spec))
+    }
+
+    /// `[tokens, heads * head_dim]` to `[heads, tokens, head_dim]`.
+    fn heads(&self, x: Tensor<B, 2>) -> Tensor<B, 3> {
+        let [tokens, width] = x.dims();
+        x.reshape([tokens, width / self.head_dim, self.head_dim]).swap_dims(0, 1)
+    }
+}
+
+impl<B: Backend> Attention<B> {
+    /// The same attention with ternary projections.
+    ///
+    /// # Errors
+    /// [`FormatError`] when `config` is not a valid layout.
+    pub fn to_ternary(&self, config: &TernaryConfig) -> Result<Self, FormatError> {
+        Ok(Self {
+            q_proj: self.q_proj.to_ternary(config)?,
+            k_proj: self.k_proj.to_ternary(config)?,
+            v_proj: self.v_proj.to_ternary(config)?,
+            o_proj: self.o_proj.to_ternary(config)?,
+            ..self.clone()
+        })
+    }
+}

@@ -1,0 +1,251 @@
+//! From a checkpoint to Burn modules.
+
+use burn::{
+    module::Param,
+    nn,
+    tensor::{Tensor, TensorData, backend::Backend},
+};
+use ternoss_backends::ClampedSwiGlu;
+use ternoss_quant::{BitLinear, Linear, TernaryTensor};
+
+use super::{
+    Checkpoint, CheckpointError, ExpertMatrix, LinearName, TernaryPath,
+    names::{CODES, EMBED_TOKENS, FINAL_NORM, LM_HEAD, layer_path},
+    weights::{ExpertStorage, transpose},
+};
+use crate::{
+    GptOss,
+    attention::Attention,
+    config::SWIGLU_ALPHA,
+    experts::{DenseExperts, Expert, Experts, PackedExperts, StreamedExperts},
+    layer::{Layer, Mlp},
+    rope::RotaryEmbedding,
+    router::Router,
+    table::Table,
+};
+
+/// Where full-precision experts live while the model runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExpertPlacement {
+    /// In memory when all of them take at most 4 GiB in f32, else streamed.
+    #[default]
+    Auto,
+    /// In memory as f32.
+    Resident,
+    /// In the checkpoint, decoded whenever chosen: slow, but a model larger than memory runs.
+    Streamed,
+}
+
+/// Choices when loading a model.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadOptions {
+    /// Where full-precision experts live.
+    pub experts: ExpertPlacement,
+}
+
+const AUTO_RESIDENT_BYTES: usize = 4 << 30;
+
+impl<B: Backend> GptOss<B> {
+    /// Loads a model, one tensor at a time.
+    ///
+    /// Embedding, output layer and ternary weights point into the mapped files; everything else is widened to f32.
+    ///
+    /// # Errors
+    /// [`CheckpointError`], naming the file, the tensor, and what was expected.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        options: LoadOptions,
+        device: &B::Device,
+    ) -> Result<Self, CheckpointError> {
+        let config = checkpoint.config();
+        let loader = Loader { checkpoint, device, experts_resident: experts_resident(checkpoint, options) };
+        let table = |name: &str| {
+            let shape = [config.vocab_size, config.hidden_size];
+            checkpoint.stored_matrix(name, shape, device).map(Table::new)
+        };
+        let embed_tokens = table(EMBED_TOKENS)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => embed_tokens.clone(),
+            false => table(LM_HEAD)?,
+        };
+        let layers = 0..config.num_hidden_layers();
+        Ok(Self {
+            embed_tokens,
+            layers: layers.map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
+            norm: loader.norm(FINAL_NORM)?,
+            lm_head,
+            rope: RotaryEmbedding::new(&config.rope, config.head_dim),
+            config: config.clone(),
+        })
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    /// Loads one layer alone, as [`GptOss::load`] does.
+    ///
+    /// # Errors
+    /// [`CheckpointError`], naming the file, the tensor, and what was expected.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        layer: usize,
+        options: LoadOptions,
+        device: &B::Device,
+    ) -> Result<Self, CheckpointError> {
+        let experts_resident = options.experts != ExpertPlacement::Streamed;
+        Loader { checkpoint, device, experts_resident }.layer(layer)
+    }
+}
+
+fn experts_resident(checkpoint: &Checkpoint, options: LoadOptions) -> bool {
+    let config = checkpoint.config();
+    let weights: usize = ExpertMatrix::ALL
+        .iter()
+        .map(|matrix| matrix.shape(config).iter().product::<usize>())
+        .sum();
+    let bytes = weights
+        .saturating_mul(config.num_local_experts)
+        .saturating_mul(config.num_hidden_layers())
+        .saturating_mul(size_of::<f32>());
+    match options.experts {
+        ExpertPlacement::Resident => true,
+        ExpertPlacement::Streamed => false,
+        ExpertPlacement::Auto => bytes <= AUTO_RESIDENT_BYTES,
+    }
+}
+
+struct Loader<'a, B: Backend> {
+    checkpoint: &'a Checkpoint,
+    device: &'a B::Device,
+    experts_resident: bool,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn layer(&self, layer: usize) -> Result<Layer<B>, CheckpointError> {
+        let path = layer_path(layer);
+        Ok(Layer {
+            input_layernorm: self.norm(&format!("{path}.input_layernorm.weight"))?,
+            self_attn: self.attention(layer)?,
+            post_attention_layernorm: self.norm(&format!("{path}.post_attention_layernorm.weight"))?,
+            mlp: Mlp { router: self.router(layer)?, experts: self.experts(layer)? },
+        })
+    }
+
+    fn norm(&self, name: &str) -> Result<nn::RmsNorm<B>, CheckpointError> {
+        let config = self.checkpoint.config();
+        Ok(nn::RmsNorm { gamma: self.vector(name, config.hidden_size)?, epsilon: config.rms_norm_eps })
+    }
+
+    fn attention(&self, layer: usize) -> Result<Attention<B>, CheckpointError> {
+        let config = self.checkpoint.config();
+        let linear =
+            |name: LinearName| self.linear(&name.path(layer), name.shape(config), config.attention_bias);
+        Ok(Attention {
+            q_proj: linear(LinearName::Q)?,
+            k_proj: linear(LinearName::K)?,
+            v_proj: linear(LinearName::V)?,
+            o_proj: linear(LinearName::O)?,
+            sinks: self.vector(&format!("{}.self_attn.sinks", layer_path(layer)), config.num_attention_heads)?,
+            head_dim: config.head_dim,
+            window: config.window(layer),
+        })
+    }
+
+    fn router(&self, layer: usize) -> Result<Router<B>, CheckpointError> {
+        let config = self.checkpoint.config();
+        let path = format!("{}.mlp.router", layer_path(layer));
+        let linear = self.dense(&path, [config.hidden_size, config.num_local_experts], true)?;
+        Ok(Router { linear, experts_per_token: config.experts_per_token })
+    }
+
+    fn experts(&self, layer: usize) -> Result<Experts<B>, CheckpointError> {
+        let config = self.checkpoint.config();
+        let activation = ClampedSwiGlu { alpha: SWIGLU_ALPHA, limit: config.swiglu_limit };
+        let experts = config.num_local_experts;
+        let bias = |matrix: ExpertMatrix| {
+            let [_, out_features] = matrix.shape(self.checkpoint.config());
+            let name = format!("{}_bias", matrix.path(layer));
+            self.checkpoint.float_tensor::<B, 2>(&name, [experts, out_features], self.device)
+        };
+        let (gate_up_bias, down_bias) = (bias(ExpertMatrix::GateUp)?, bias(ExpertMatrix::Down)?);
+        if self.checkpoint.expert_storage(layer, ExpertMatrix::GateUp)? == ExpertStorage::Ternary {
+            let packed = |matrix: ExpertMatrix| {
+                let shape = matrix.shape(self.checkpoint.config());
+                let path = TernaryPath::Experts(matrix.path(layer));
+                self.checkpoint.ternary_weight(&path, shape, self.device).map(TernaryTensor::new)
+            };
+            return Ok(Experts::Ternary(PackedExperts {
+                gate_up_proj: packed(ExpertMatrix::GateUp)?,
+                gate_up_proj_bias: Param::from_tensor(gate_up_bias),
+                down_proj: packed(ExpertMatrix::Down)?,
+                down_proj_bias: Param::from_tensor(down_bias),
+                activation,
+            }));
+        }
+        if !self.experts_resident {
+            self.checkpoint.check_experts(layer)?;
+            return Ok(Experts::Streamed(StreamedExperts {
+                gate_up_proj_bias: Param::from_tensor(gate_up_bias),
+                down_proj_bias: Param::from_tensor(down_bias),
+                checkpoint: self.checkpoint.clone(),
+                layer,
+                activation,
+            }));
+        }
+        let expert = |expert: usize| {
+            Ok(Expert {
+                gate_up_proj: self.expert_linear(layer, ExpertMatrix::GateUp, expert, &gate_up_bias)?,
+                down_proj: self.expert_linear(layer, ExpertMatrix::Down, expert, &down_bias)?,
+            })
+        };
+        let experts = (0..experts).map(expert).collect::<Result<_, CheckpointError>>()?;
+        Ok(Experts::Dense(DenseExperts { experts, activation }))
+    }
+
+    fn expert_linear(
+        &self,
+        layer: usize,
+        matrix: ExpertMatrix,
+        expert: usize,
+        biases: &Tensor<B, 2>,
+    ) -> Result<nn::Linear<B>, CheckpointError> {
+        let weights = self.checkpoint.expert_columns(layer, matrix, expert)?;
+        let data = TensorData::new(weights, matrix.shape(self.checkpoint.config()));
+        let bias = biases.clone().slice_dim(0, expert..expert + 1).squeeze_dim(0);
+        Ok(nn::Linear {
+            weight: Param::from_tensor(Tensor::from_data(data, self.device)),
+            bias: Some(Param::from_tensor(bias)),
+        })
+    }
+
+    /// A linear of the attention, ternary when the checkpoint has codes for it.
+    fn linear(&self, path: &str, shape: [usize; 2], bias: bool) -> Result<Linear<B>, CheckpointError> {
+        if self.checkpoint.entry(&format!("{path}.{CODES}")).is_none() {
+            return self.dense(path, shape, bias).map(Linear::Dense);
+        }
+        let weight = self.checkpoint.ternary_weight(&TernaryPath::Linear(path.into()), shape, self.device)?;
+        let bias = match bias {
+            true => Some(self.checkpoint.float_tensor(&format!("{path}.bias"), [shape[1]], self.device)?),
+            false => None,
+        };
+        Ok(Linear::Ternary(BitLinear::from_packed(TernaryTensor::new(weight), bias)))
+    }
+
+    fn dense(
+        &self,
+        path: &str,
+        [in_features, out_features]: [usize; 2],
+        bias: bool,
+    ) -> Result<nn::Linear<B>, CheckpointError> {
+        let rows = self.checkpoint.floats(&format!("{path}.weight"), &[out_features, in_features])?;
+        let data = TensorData::new(transpose(&rows, out_features, in_features), [in_features, out_features]);
+        let bias = match bias {
+            true => Some(self.vector(&format!("{path}.bias"), out_features)?),
+            false => None,
+        };
+        Ok(nn::Linear { weight: Param::from_tensor(Tensor::from_data(data, self.device)), bias })
+    }
+
+    fn vector(&self, name: &str, size: usize) -> Result<Param<Tensor<B, 1>>, CheckpointError> {
+        self.checkpoint.float_tensor(name, [size], self.device).map(Param::from_tensor)
+    }
+}

@@ -1,0 +1,227 @@
+//! Writing a model folder so that it is whole or not there.
+//!
+//! Everything goes to `OUTPUT.partial` first. Each file is synced to disk, `config.json`, which makes a folder a model,
+//! comes last, and the folder is renamed to its final name at the very end.
+
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use safetensors::{Dtype, View};
+use serde_json::json;
+
+use ternoss_backends::mapped::MappedFile;
+use ternoss_quant::PackedTernary;
+
+use super::{
+    CONFIG_FILE, Checkpoint, CheckpointError, INDEX_FILE, TernaryPath,
+    names::{CODES, GROUP_SCALES, ROW_SCALES},
+    read_header,
+};
+
+/// A tensor to be written; its bytes may be produced when their turn comes, so that only one is in memory.
+pub struct OutputTensor<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data: Box<dyn Fn() -> Cow<'a, [u8]> + 'a>,
+}
+
+impl<'a> OutputTensor<'a> {
+    /// A tensor whose little-endian bytes exist already.
+    pub fn new(dtype: Dtype, shape: Vec<usize>, data: Cow<'a, [u8]>) -> Self {
+        Self::lazy(dtype, shape, move || match &data {
+            // A borrowed slice outlives the closure; an owned one is lent as a copy.
+            Cow::Borrowed(bytes) => Cow::Borrowed(*bytes),
+            Cow::Owned(bytes) => Cow::Owned(bytes.clone()),
+        })
+    }
+
+    /// A tensor whose bytes `make` produces; it is called once, when the tensor is written.
+    pub fn lazy(dtype: Dtype, shape: Vec<usize>, make: impl Fn() -> Cow<'a, [u8]> + 'a) -> Self {
+        Self { dtype, shape, data: Box::new(make) }
+    }
+
+    /// The tensors of a ternary weight, with their names.
+    pub fn ternary(path: &TernaryPath, packed: &'a PackedTernary) -> Vec<(String, Self)> {
+        let layout = packed.layout;
+        let part = |suffix, dtype, shape: &[usize], bytes: &'a [u8]| {
+            let tensor = Self::new(dtype, path.file_shape(shape).to_vec(), Cow::Borrowed(bytes));
+            (path.part(suffix), tensor)
+        };
+        let codes = bytemuck::cast_slice(&packed.codes);
+        let row_scales = bytemuck::cast_slice(&packed.row_scales);
+        let mut parts = vec![
+            part(CODES, Dtype::U32, &layout.codes_shape(), codes),
+            part(ROW_SCALES, Dtype::F32, &layout.row_scales_shape(), row_scales),
+        ];
+        if layout.group_size.is_some() {
+            parts.push(part(GROUP_SCALES, Dtype::U8, &layout.group_scales_shape(), &packed.group_scales));
+        }
+        parts
+    }
+
+    /// A tensor of another checkpoint, byte for byte.
+    ///
+    /// # Errors
+    /// [`CheckpointError::MissingTensor`]
+    pub fn copied(checkpoint: &'a Checkpoint, name: &str) -> Result<Self, CheckpointError> {
+        let bytes = checkpoint.bytes(name)?;
+        let (dtype, shape) = checkpoint.entry(name).map_or((Dtype::U8, vec![]), |e| (e.dtype, e.shape.clone()));
+        Ok(Self::new(dtype, shape, Cow::Borrowed(bytes)))
+    }
+}
+
+impl View for OutputTensor<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        (self.data)()
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+/// A model folder being written. Dropped before [`finish`](Self::finish), it removes what it wrote.
+#[derive(Debug)]
+pub struct FolderWriter {
+    output: PathBuf,
+    partial: PathBuf,
+    overwrite: bool,
+    shards: usize,
+    weight_map: BTreeMap<String, String>,
+    total_size: usize,
+    finished: bool,
+}
+
+impl FolderWriter {
+    /// Starts a folder of `shards` weight files.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutputExists`] unless `overwrite`; [`CheckpointError::Io`] when the place is not writable.
+    pub fn create(output: &Path, shards: usize, overwrite: bool) -> Result<Self, CheckpointError> {
+        if output.exists() && !overwrite {
+            return Err(CheckpointError::OutputExists { path: output.into() });
+        }
+        let mut name = output.file_name().unwrap_or(output.as_os_str()).to_owned();
+        name.push(".partial");
+        let partial = output.with_file_name(name);
+        let failed = |source| CheckpointError::io(&partial, source);
+        if partial.exists() {
+            fs::remove_dir_all(&partial).map_err(failed)?;
+        }
+        fs::create_dir_all(&partial).map_err(failed)?;
+        Ok(Self {
+            output: output.into(),
+            partial: partial.clone(),
+            overwrite,
+            shards,
+            weight_map: BTreeMap::new(),
+            total_size: 0,
+            finished: false,
+        })
+    }
+
+    /// Writes, syncs and reads back weight file `number` (from 0).
+    ///
+    /// # Errors
+    /// [`CheckpointError`] when the disk is full, fails, or returns something else than was written.
+    pub fn shard(&mut self, number: usize, tensors: Vec<(String, OutputTensor<'_>)>) -> Result<(), CheckpointError> {
+        let file = format!("model-{:05}-of-{:05}.safetensors", number + 1, self.shards);
+        let path = self.partial.join(&file);
+        let expected: BTreeMap<String, (Dtype, Vec<usize>)> =
+            tensors.iter().map(|(name, t)| (name.clone(), (t.dtype, t.shape.clone()))).collect();
+        self.total_size += tensors.iter().map(|(_, tensor)| tensor.data_len()).sum::<usize>();
+        let format = [("format".to_string(), "pt".to_string())].into();
+        safetensors::serialize_to_file(tensors, Some(format), &path).map_err(|source| match source {
+            safetensors::SafeTensorError::IoError(source) => CheckpointError::io(&path, source),
+            source => CheckpointError::Header { path: path.clone(), source },
+        })?;
+        sync(&path)?;
+        verify(&path, &expected)?;
+        self.weight_map.extend(expected.into_keys().map(|name| (name, file.clone())));
+        Ok(())
+    }
+
+    /// Writes a small file beside the weights.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`]
+    pub fn file(&self, name: &str, contents: &[u8]) -> Result<(), CheckpointError> {
+        let path = self.partial.join(name);
+        fs::write(&path, contents).map_err(|source| CheckpointError::io(&path, source))?;
+        sync(&path)
+    }
+
+    /// Copies a file of another folder, if it is there.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`]
+    pub fn copy(&self, from: &Path, name: &str) -> Result<(), CheckpointError> {
+        let path = from.join(name);
+        match fs::read(&path) {
+            Ok(contents) => self.file(name, &contents),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(CheckpointError::io(&path, source)),
+        }
+    }
+
+    /// Writes the index and the configuration, and gives the folder its final name.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]
+    pub fn finish(mut self, config: &serde_json::Value) -> Result<(), CheckpointError> {
+        let index = json!({ "metadata": { "total_size": self.total_size }, "weight_map": self.weight_map });
+        self.file(INDEX_FILE, pretty(&index).as_bytes())?;
+        self.file(CONFIG_FILE, pretty(config).as_bytes())?;
+        sync(&self.partial)?;
+        let failed = |source| CheckpointError::io(&self.output, source);
+        if self.overwrite && self.output.exists() {
+            fs::remove_dir_all(&self.output).map_err(failed)?;
+        }
+        fs::rename(&self.partial, &self.output).map_err(failed)?;
+        self.finished = true;
+        sync(self.output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+    }
+}
+
+impl Drop for FolderWriter {
+    fn drop(&mut self) {
+        if !self.finished {
+            // Nothing to be done about a failure here, and the name says the folder is not whole.
+            let _ = fs::remove_dir_all(&self.partial);
+        }
+    }
+}
+
+fn pretty(value: &serde_json::Value) -> String {
+    format!("{value:#}\n")
+}
+
+fn sync(path: &Path) -> Result<(), CheckpointError> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|source| CheckpointError::io(path, source))
+}
+
+/// Whether a written file's header reads back as it was meant.
+fn verify(path: &Path, expected: &BTreeMap<String, (Dtype, Vec<usize>)>) -> Result<(), CheckpointError> {
+    let map = MappedFile::open(path).map_err(|source| CheckpointError::io(path, source))?;
+    let found: BTreeMap<String, (Dtype, Vec<usize>)> = read_header(path, &map, 0)?
+        .into_iter()
+        .map(|(name, entry)| (name, (entry.dtype, entry.shape)))
+        .collect();
+    match found == *expected {
+        true => Ok(()),
+        false => Err(CheckpointError::Verify { path: path.into(), reason: "its tensors differ".into() }),
+    }
+}

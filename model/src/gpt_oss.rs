@@ -1,0 +1,118 @@
+//! The whole model.
+
+use burn::{
+    module::Module,
+    nn,
+    tensor::{Int, Tensor, TensorData, backend::Backend},
+};
+use ternoss_backends::{FormatError, TernaryBackend};
+use ternoss_quant::TernaryConfig;
+
+use crate::{
+    cache::KvCache,
+    config::GptOssConfig,
+    layer::Layer,
+    rope::RotaryEmbedding,
+    table::Table,
+};
+
+/// A gpt-oss model: dense, ternary, or layer by layer either.
+///
+/// Field names are those of the checkpoint, so a tensor's name is its path in the module. One sequence at a time;
+/// what came before a call is in the [`KvCache`] passed to it.
+#[derive(Module, Debug)]
+pub struct GptOss<B: Backend> {
+    /// Token embedding, in full precision.
+    pub embed_tokens: Table<B>,
+    /// Transformer layers.
+    pub layers: Vec<Layer<B>>,
+    /// Norm before the output layer.
+    pub norm: nn::RmsNorm<B>,
+    /// Output layer, in full precision.
+    pub lm_head: Table<B>,
+    #[module(skip)]
+    pub(crate) rope: RotaryEmbedding,
+    #[module(skip)]
+    pub(crate) config: GptOssConfig,
+}
+
+/// A token that is not in the vocabulary.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("token {token} at position {position} is outside the vocabulary of {vocab_size}")]
+pub struct TokenOutOfRange {
+    /// The token.
+    pub token: u32,
+    /// Its place in the input.
+    pub position: usize,
+    /// Tokens 0 to this minus one exist.
+    pub vocab_size: usize,
+}
+
+impl<B: Backend> GptOss<B> {
+    /// Sizes and switches.
+    pub fn config(&self) -> &GptOssConfig {
+        &self.config
+    }
+
+    /// An empty cache for one sequence.
+    pub fn new_cache(&self) -> KvCache<B> {
+        KvCache::new(&self.config)
+    }
+
+    /// Moves token ids to the model's device: `[tokens]`.
+    ///
+    /// # Errors
+    /// [`TokenOutOfRange`] for the first id outside the vocabulary.
+    pub fn tokens(&self, ids: &[u32]) -> Result<Tensor<B, 1, Int>, TokenOutOfRange> {
+        let vocab_size = self.config.vocab_size;
+        if let Some(position) = ids.iter().position(|id| *id as usize >= vocab_size) {
+            return Err(TokenOutOfRange { token: ids[position], position, vocab_size });
+        }
+        let ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
+        let shape = [ids.len()];
+        Ok(Tensor::from_data(TensorData::new(ids, shape), &self.norm.gamma.val().device()))
+    }
+
+    /// The same model with absmean ternary attention and experts.
+    ///
+    /// # Errors
+    /// [`FormatError`] when `config` is not a valid layout.
+    pub fn to_ternary(&self, config: &TernaryConfig) -> Result<Self, FormatError> {
+        let layers = self.layers.iter().map(|layer| layer.to_ternary(config)).collect::<Result<_, _>>()?;
+        Ok(Self { layers, ..self.clone() })
+    }
+}
+
+impl<B: TernaryBackend> GptOss<B> {
+    /// Logits of every token: `[tokens]` to `[tokens, vocabulary]`. At least one token.
+    pub fn forward(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Tensor<B, 2> {
+        self.lm_head.logits(self.hidden(tokens, cache))
+    }
+
+    /// What the output layer sees: `[tokens]` to `[tokens, hidden]`, normed.
+    pub fn hidden(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Tensor<B, 2> {
+        let x = self.hidden_states(tokens, cache, |_, _| {});
+        self.norm.forward(x)
+    }
+
+    /// Runs all layers and shows `observe` the residual stream `[tokens, hidden]` before each layer (by its number)
+    /// and after the last; returns the latter.
+    pub fn hidden_states(
+        &self,
+        tokens: Tensor<B, 1, Int>,
+        cache: &mut KvCache<B>,
+        mut observe: impl FnMut(usize, &Tensor<B, 2>),
+    ) -> Tensor<B, 2> {
+        let new = tokens.dims()[0];
+        let positions = cache.position()..cache.position() + new;
+        let mut x = self.embed_tokens.embed(tokens);
+        let rope = self.rope.tables(positions, &x.device());
+        for (number, (layer, cache)) in self.layers.iter().zip(cache.layers_mut()).enumerate() {
+            observe(number, &x);
+            x = layer.forward(x, &rope, cache);
+        }
+        cache.advance(new);
+        observe(self.layers.len(), &x);
+        x
+    }
+}

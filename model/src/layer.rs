@@ -1,0 +1,64 @@
+//! One transformer layer: attention, then experts, each on the normed residual stream and added back to it.
+
+use burn::{
+    module::Module,
+    nn,
+    tensor::{Tensor, backend::Backend},
+};
+use ternoss_backends::{FormatError, TernaryBackend};
+use ternoss_quant::TernaryConfig;
+
+use crate::{attention::Attention, cache::LayerCache, experts::Experts, rope::RotaryTables, router::Router};
+
+/// One layer (`layers.N`).
+#[derive(Module, Debug)]
+pub struct Layer<B: Backend> {
+    /// Norm before the attention.
+    pub input_layernorm: nn::RmsNorm<B>,
+    /// Attention.
+    pub self_attn: Attention<B>,
+    /// Norm before the experts.
+    pub post_attention_layernorm: nn::RmsNorm<B>,
+    /// Router and experts.
+    pub mlp: Mlp<B>,
+}
+
+/// The mixture of experts of one layer (`mlp`).
+#[derive(Module, Debug)]
+pub struct Mlp<B: Backend> {
+    /// Chooses the experts.
+    pub router: Router<B>,
+    /// Does the work.
+    pub experts: Experts<B>,
+}
+
+impl<B: TernaryBackend> Mlp<B> {
+    /// `[tokens, hidden]`, already normed, to `[tokens, hidden]`.
+    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let routing = self.router.forward(x.clone());
+        self.experts.forward(x, routing)
+    }
+}
+
+impl<B: TernaryBackend> Layer<B> {
+    /// The residual stream `[tokens, hidden]` before the layer to after it.
+    pub fn forward(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
+        let x = x.clone() + self.self_attn.forward(self.input_layernorm.forward(x), rope, cache);
+        x.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x))
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    /// The same layer with ternary linears; norms, router, biases and sinks as they are.
+    ///
+    /// # Errors
+    /// [`FormatError`] when `config` is not a valid layout.
+    pub fn to_ternary(&self, config: &TernaryConfig) -> Result<Self, FormatError> {
+        let experts = self.mlp.experts.to_ternary(config)?;
+        Ok(Self {
+            self_attn: self.self_attn.to_ternary(config)?,
+            mlp: Mlp { experts, router: self.mlp.router.clone() },
+            ..self.clone()
+        })
+    }
+}
