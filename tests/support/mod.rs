@@ -1,0 +1,114 @@
+//! What several test files share: fixtures and golden tensors.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use safetensors::{Dtype, SafeTensors};
+
+/// A folder under `tests/fixtures`.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// A folder under `examples`.
+pub fn example(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name)
+}
+
+/// Runs the program.
+pub fn ternoss(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ternoss")).args(args).output().expect("the program starts")
+}
+
+/// Runs the program, which must succeed, and returns what it printed.
+pub fn ternoss_ok(args: &[&str]) -> String {
+    let output = ternoss(args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "ternoss {args:?}: {stderr}");
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// Runs the program, which must fail with exit code 1 and one line of error; returns that line and the hint, if any.
+pub fn ternoss_err(args: &[&str]) -> String {
+    let output = ternoss(args);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "ternoss {args:?}: {stderr}");
+    let lines: Vec<&str> = stderr.lines().collect();
+    assert!(lines[0].starts_with("error: "), "{stderr}");
+    assert!(lines.len() == 1 || (lines.len() == 2 && lines[1].starts_with("hint: ")), "{stderr}");
+    stderr
+}
+
+/// Copies a model folder, so that a test may damage it.
+pub fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+/// The tensors of a safetensors file, floats widened and integers as they are.
+pub struct Golden {
+    floats: HashMap<String, (Vec<usize>, Vec<f32>)>,
+    ints: HashMap<String, (Vec<usize>, Vec<i32>)>,
+    bytes: HashMap<String, Vec<u8>>,
+}
+
+impl Golden {
+    pub fn open(path: &Path) -> Self {
+        let contents = fs::read(path).unwrap();
+        let file = SafeTensors::deserialize(&contents).unwrap();
+        let mut golden = Self { floats: HashMap::new(), ints: HashMap::new(), bytes: HashMap::new() };
+        for (name, tensor) in file.tensors() {
+            let shape = tensor.shape().to_vec();
+            let words = || tensor.data().chunks_exact(4).map(|word| word.try_into().unwrap());
+            match tensor.dtype() {
+                Dtype::F32 => {
+                    golden.floats.insert(name, (shape, words().map(f32::from_le_bytes).collect()));
+                }
+                Dtype::I32 => {
+                    golden.ints.insert(name, (shape, words().map(i32::from_le_bytes).collect()));
+                }
+                _ => {
+                    golden.bytes.insert(name, tensor.data().to_vec());
+                }
+            }
+        }
+        golden
+    }
+
+    pub fn floats(&self, name: &str) -> &[f32] {
+        &self.floats.get(name).unwrap_or_else(|| panic!("no {name}")).1
+    }
+
+    pub fn shape(&self, name: &str) -> &[usize] {
+        self.floats.get(name).map_or_else(|| &self.ints[name].0, |(shape, _)| shape).as_slice()
+    }
+
+    pub fn ints(&self, name: &str) -> &[i32] {
+        &self.ints.get(name).unwrap_or_else(|| panic!("no {name}")).1
+    }
+
+    pub fn bytes(&self, name: &str) -> &[u8] {
+        &self.bytes[name]
+    }
+
+    pub fn ids(&self, name: &str) -> Vec<u32> {
+        self.ints(name).iter().map(|id| *id as u32).collect()
+    }
+}
+
+/// Asserts that two slices agree within an absolute tolerance.
+pub fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
+    assert_eq!(found.len(), expected.len(), "{what}: lengths");
+    for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let close = (found - expected).abs() <= tolerance;
+        assert!(close, "{what}[{at}]: {found}, expected {expected} within {tolerance}");
+    }
+}
