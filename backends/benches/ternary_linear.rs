@@ -1,0 +1,145 @@
+//! Weights a second of the ternary kernels, and bytes a second of the stored matrices, on one thread.
+//!
+//! ```text
+//! taskset -c 0 cargo bench -p ternoss-backends --bench ternary_linear
+//! ```
+//!
+//! The sizes are those of one gpt-oss expert's first matrix (4 MB of codes: the second or third cache level) and of a piece
+//! of the output layer (74 MB: memory).
+
+use std::hint::black_box;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use ternoss_backends::{
+    CodeFormat, StoredFloat, TernaryLayout,
+    cpu::{
+        Isa, Kernels, TernaryMatrices,
+        linear::ternary_linear,
+        stored::{StoredRows, stored_linear},
+        tokens::Tokens,
+    },
+};
+
+/// Numbers without a pattern, the same every time (Marsaglia's xorshift).
+struct Noise(u32);
+
+impl Noise {
+    fn next(&mut self) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 17;
+        self.0 ^= self.0 << 5;
+        self.0
+    }
+
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.next() as f32 / u32::MAX as f32 - 0.5).collect()
+    }
+}
+
+/// Packed weights of some layout, full of noise.
+struct Weights {
+    layout: TernaryLayout,
+    codes: Vec<u32>,
+    row_scales: Vec<f32>,
+    group_scales: Option<Vec<u8>>,
+}
+
+impl Weights {
+    fn new(format: CodeFormat, rows: usize, in_features: usize, group_size: Option<usize>) -> Self {
+        let layout = TernaryLayout { format, matrices: 1, planes: 1, rows, in_features, group_size };
+        let mut noise = Noise(1);
+        let words = layout.words_per_row();
+        let mut codes = vec![0; rows * words];
+        for row in codes.chunks_exact_mut(words) {
+            let trits: Vec<i8> = (0..in_features).map(|_| (noise.next() % 3) as i8 - 1).collect();
+            format.pack_row(&trits, row);
+        }
+        let groups = rows * layout.groups();
+        let group_scales = group_size.map(|_| (0..groups).map(|_| noise.next() as u8).collect());
+        Self { layout, codes, row_scales: noise.floats(rows), group_scales }
+    }
+
+    fn view(&self) -> TernaryMatrices<'_> {
+        TernaryMatrices::new(self.layout, &self.codes, &self.row_scales, self.group_scales.as_deref())
+            .expect("the slices follow the layout")
+    }
+}
+
+fn ternary(c: &mut Criterion) {
+    let (rows, in_features) = (5760, 2880);
+    let mut group = c.benchmark_group("ternary_linear");
+    let cases =
+        [("t2", CodeFormat::T2, None), ("t2-u8-per-64", CodeFormat::T2, Some(64)), ("t5", CodeFormat::T5, None)];
+    for (name, format, group_size) in cases {
+        let weights = Weights::new(format, rows, in_features, group_size);
+        let matrix = weights.view().matrix(0).expect("one matrix");
+        for batch in [1, 2, 4, 8, 64] {
+            let kernels = Kernels::detect();
+            let tokens = Tokens::quantize(kernels, &Noise(2).floats(batch * in_features), in_features);
+            let mut out = vec![0.0; batch * rows];
+            group.throughput(Throughput::Elements((rows * in_features * batch) as u64));
+            group.bench_function(format!("{name}/{}/batch-{batch}", kernels.isa()), |bench| {
+                bench.iter(|| ternary_linear(kernels, &matrix, black_box(&tokens), black_box(&mut out)));
+            });
+        }
+    }
+    let kernels = Kernels::detect();
+    let x = Noise(3).floats(in_features);
+    group.throughput(Throughput::Elements(in_features as u64));
+    group.bench_function("quantize", |bench| bench.iter(|| Tokens::quantize(kernels, black_box(&x), in_features)));
+    group.finish();
+}
+
+/// Weights larger than any cache, so that they come from memory each time: the experts of several layers.
+fn from_memory(c: &mut Criterion) {
+    let (rows, in_features) = (5760 * 64, 2880);
+    let mut group = c.benchmark_group("ternary_linear_from_memory");
+    group.sample_size(20);
+    for (name, group_size) in [("t2", None), ("t2-u8-per-64", Some(64))] {
+        let weights = Weights::new(CodeFormat::T2, rows, in_features, group_size);
+        let matrix = weights.view().matrix(0).expect("one matrix");
+        let kernels = Kernels::detect();
+        let tokens = Tokens::quantize(kernels, &Noise(2).floats(in_features), in_features);
+        let mut out = vec![0.0; rows];
+        group.throughput(Throughput::Elements((rows * in_features) as u64));
+        group.bench_function(format!("{name}/{}/batch-1", kernels.isa()), |bench| {
+            bench.iter(|| ternary_linear(kernels, &matrix, black_box(&tokens), black_box(&mut out)));
+        });
+    }
+    group.finish();
+}
+
+fn stored(c: &mut Criterion) {
+    let (rows, columns) = (12_800, 2880);
+    let float = StoredFloat::Bf16;
+    let mut group = c.benchmark_group("stored_linear");
+    group.sample_size(20);
+    let values = Noise(4).floats(rows * columns);
+    let mut words = vec![0; rows * columns / 2];
+    float.encode(&values, &mut words);
+    let matrix = StoredRows::new(&words, rows, columns, float).expect("whole rows");
+    for isa in Isa::available() {
+        let Some(kernels) = Kernels::new(*isa) else {
+            continue;
+        };
+        for batch in [1, 3, 24] {
+            let x = Noise(5).floats(batch * columns);
+            let mut out = vec![0.0; batch * rows];
+            group.throughput(Throughput::Bytes((rows * columns * 2) as u64));
+            group.bench_function(format!("{float}/{isa}/batch-{batch}"), |bench| {
+                bench.iter(|| stored_linear(kernels, &matrix, black_box(&x), batch, black_box(&mut out)));
+            });
+        }
+    }
+    group.finish();
+}
+
+fn one_thread(c: &mut Criterion) {
+    rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("the first use of the pool");
+    ternary(c);
+    from_memory(c);
+    stored(c);
+}
+
+criterion_group!(benches, one_thread);
+criterion_main!(benches);

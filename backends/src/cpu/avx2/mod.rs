@@ -1,0 +1,26 @@
+//! x86-64 with AVX2, FMA and F16C.
+#![allow(unsafe_code)]
+
+mod stored;
+mod ternary;
+
+pub(super) use stored::stored_dots;
+pub(super) use ternary::t2_totals;
+
+use super::{math, tokens::Pair};
+use crate::ops::ClampedSwiGlu;
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
+    math::t5_to_t2(t5, in_features, t2);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn quantize(x: &[f32], pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+    math::quantize(x, pairs, block_sums)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
+    math::swiglu(activation, gate_up, out);
+}

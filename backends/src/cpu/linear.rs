@@ -1,0 +1,195 @@
+//! Ternary products over rows and tokens.
+//!
+//! A product is cut by rows among the threads. A thread takes [`ROW_TILE`] rows at a time, which fit its cache, brings them
+//! into the one form the kernels know (t2 codes, a scale a block), and passes them by [`TOKEN_TILE`] tokens at a time, whose
+//! activations stay in the first cache level. So a row is read from memory once, whatever the batch.
+
+use super::{
+    Kernels, TernaryRows,
+    tasks::{self, Piece},
+    tokens::{self, Token, Tokens},
+};
+use crate::format::{BLOCK, CodeFormat, FormatError};
+
+/// Tokens that pass a row together.
+pub const TOKEN_TILE: usize = 8;
+
+/// Rows that are kept at hand while the tokens pass.
+pub const ROW_TILE: usize = 64;
+
+/// Some rows of a plane as the kernels take them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct T2Rows<'a> {
+    /// Blocks of 64 in a row.
+    pub(super) blocks: usize,
+    /// t2 codes, `4 * blocks` words a row.
+    pub(super) codes: &'a [u32],
+    /// A scale for each block, rows padded with zeros to a multiple of 16; `None` if all are 1.
+    pub(super) scales: Option<&'a [u8]>,
+}
+
+impl<'a> T2Rows<'a> {
+    /// The words of a row.
+    pub(super) fn row(&self, row: usize) -> &'a [u32] {
+        &self.codes[row * 4 * self.blocks..(row + 1) * 4 * self.blocks]
+    }
+
+    /// The block scales of a row, padding included.
+    pub(super) fn row_scales(&self, row: usize) -> Option<&'a [u8]> {
+        let padded = self.blocks.next_multiple_of(tokens::SUM_LANES);
+        self.scales.map(|scales| &scales[row * padded..(row + 1) * padded])
+    }
+}
+
+/// A product to be done: all rows of a matrix with some tokens.
+pub(super) struct Product<'a> {
+    pub(super) rows: TernaryRows<'a>,
+    pub(super) tokens: Vec<Token<'a>>,
+    /// Added to the product, one a row.
+    pub(super) bias: Option<&'a [f32]>,
+    /// `[tokens, rows]`.
+    pub(super) out: &'a mut [f32],
+}
+
+/// `out [tokens, rows]` = the tokens times one matrix.
+///
+/// # Errors
+/// [`FormatError::Length`] if the tokens are not as wide as the matrix, or `out` does not have its size.
+pub fn ternary_linear(
+    kernels: Kernels,
+    rows: &TernaryRows<'_>,
+    tokens: &Tokens,
+    out: &mut [f32],
+) -> Result<(), FormatError> {
+    let layout = *rows.layout();
+    check("values of a token", layout.in_features, tokens.in_features())?;
+    check("outputs", layout.rows * tokens.len(), out.len())?;
+    let tokens = (0..tokens.len()).map(|token| tokens.token(token)).collect();
+    run(kernels, vec![Product { rows: *rows, tokens, bias: None, out }]);
+    Ok(())
+}
+
+pub(super) fn check(what: &'static str, expected: usize, found: usize) -> Result<(), FormatError> {
+    if expected == found { Ok(()) } else { Err(FormatError::Length { what, expected, found }) }
+}
+
+/// Does several products at once, sharing all threads among them.
+pub(super) fn run(kernels: Kernels, products: Vec<Product<'_>>) {
+    let work = |p: &Product<'_>| p.out.len() * p.rows.layout().planes * p.rows.layout().in_features;
+    let parallel = tasks::is_parallel(products.iter().map(work).sum());
+    let mut inputs = Vec::with_capacity(products.len());
+    let mut pieces = Vec::new();
+    for (n, Product { rows, tokens, bias, out }) in products.into_iter().enumerate() {
+        pieces.extend(tasks::pieces(out, rows.layout().rows, parallel).into_iter().map(|piece| (n, piece)));
+        inputs.push((rows, tokens, bias));
+    }
+    tasks::run(pieces, parallel, |(n, piece)| {
+        let (rows, tokens, bias) = &inputs[n];
+        multiply(kernels, rows, tokens, *bias, piece);
+    });
+}
+
+/// One piece, by tiles of rows.
+fn multiply(
+    kernels: Kernels,
+    rows: &TernaryRows<'_>,
+    tokens: &[Token<'_>],
+    bias: Option<&[f32]>,
+    mut piece: Piece<'_>,
+) {
+    let mut scratch = Scratch::default();
+    let end = piece.rows();
+    for start in (0..end).step_by(ROW_TILE) {
+        let count = ROW_TILE.min(end - start);
+        let first = piece.first + start;
+        for plane in 0..rows.layout().planes {
+            let tile = scratch.tile(kernels, rows, plane, first, count);
+            let row_scales = rows.row_scales(plane, first, count);
+            for (tokens, out) in tokens.chunks(TOKEN_TILE).zip(piece.out.chunks_mut(TOKEN_TILE)) {
+                let mut totals = [0i32; ROW_TILE * TOKEN_TILE];
+                let totals = &mut totals[..count * tokens.len()];
+                kernels.t2_totals(&tile, tokens, totals);
+                add_plane(totals, row_scales, tokens, plane == 0, start, out);
+            }
+        }
+        if let Some(bias) = bias {
+            for out in &mut piece.out {
+                let bias = &bias[first..first + count];
+                out[start..start + count].iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+            }
+        }
+    }
+}
+
+/// Turns the totals of a plane into floats, in the one order that fixes their bits.
+fn add_plane(
+    totals: &[i32],
+    row_scales: &[f32],
+    tokens: &[Token<'_>],
+    is_first: bool,
+    start: usize,
+    out: &mut [&mut [f32]],
+) {
+    for (t, (token, out)) in tokens.iter().zip(out).enumerate() {
+        let out = &mut out[start..start + row_scales.len()];
+        let totals = totals.iter().skip(t).step_by(tokens.len());
+        for ((y, total), row_scale) in out.iter_mut().zip(totals).zip(row_scales) {
+            let value = *total as f32 * (row_scale * token.scale);
+            *y = if is_first { value } else { *y + value };
+        }
+    }
+}
+
+/// Where a tile of rows is brought into the kernels' form.
+#[derive(Default)]
+struct Scratch {
+    codes: Vec<u32>,
+    scales: Vec<u8>,
+}
+
+impl Scratch {
+    fn tile<'a>(
+        &'a mut self,
+        kernels: Kernels,
+        rows: &TernaryRows<'a>,
+        plane: usize,
+        first: usize,
+        count: usize,
+    ) -> T2Rows<'a> {
+        let in_features = rows.layout().in_features;
+        let blocks = in_features.div_ceil(BLOCK);
+        let has_scales = rows.group_scales(plane, first, count).is_some_and(|groups| {
+            let size = rows.layout().group_size.unwrap_or(BLOCK);
+            spread(groups, size / BLOCK, blocks, &mut self.scales);
+            true
+        });
+        let codes = rows.codes(plane, first, count);
+        let codes = match rows.layout().format {
+            CodeFormat::T2 => codes,
+            CodeFormat::T5 => {
+                self.codes.resize(count * 4 * blocks, 0);
+                let per_row = rows.layout().words_per_row();
+                for (t5, t2) in codes.chunks_exact(per_row).zip(self.codes.chunks_exact_mut(4 * blocks)) {
+                    kernels.t5_to_t2(t5, in_features, t2);
+                }
+                &self.codes
+            }
+        };
+        T2Rows { blocks, codes, scales: has_scales.then_some(&self.scales) }
+    }
+}
+
+/// Group scales of some rows to padded block scales, each group being `repeat` blocks.
+fn spread(groups: &[u8], repeat: usize, blocks: usize, scales: &mut Vec<u8>) {
+    let per_row = blocks.div_ceil(repeat);
+    let padding = blocks.next_multiple_of(tokens::SUM_LANES) - blocks;
+    scales.clear();
+    for row in groups.chunks_exact(per_row) {
+        if repeat == 1 {
+            scales.extend_from_slice(row);
+        } else {
+            scales.extend((0..blocks).map(|block| row[block / repeat]));
+        }
+        scales.extend(std::iter::repeat_n(0, padding));
+    }
+}

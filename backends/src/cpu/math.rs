@@ -1,0 +1,130 @@
+//! The float arithmetic that all instruction sets share. Each of them compiles these functions with its own features on, so
+//! that loops become vectors; the operations, and with them the bits, stay the same, for Rust never fuses a multiplication
+//! with an addition on its own.
+
+use super::tokens::{PAIR, Pair};
+use crate::{
+    format::{BLOCK, T2_BLOCK_BYTES},
+    ops::ClampedSwiGlu,
+};
+
+/// 1.5 * 2^23: adding it rounds a small float to an integer, halves to even, that then stands in the low bits.
+const ROUND: f32 = 12_582_912.0;
+/// Bits of the smallest value that is not finite, sign aside.
+const INFINITY_BITS: u32 = 0x7f80_0000;
+/// Largest int8 activation.
+const QMAX: f32 = 127.0;
+
+/// One token to int8 (see [`tokens`](super::tokens)): fills pairs and block sums, returns the scale.
+#[inline(always)]
+pub(super) fn quantize(x: &[f32], pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+    // Floats without sign are ordered like their bits, and everything that is not finite comes last.
+    let largest = x.iter().fold(0u32, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
+    let scale = f32::from_bits(largest) / QMAX;
+    if largest >= INFINITY_BITS || scale == 0.0 {
+        pairs.fill(Pair([0; PAIR]));
+        block_sums.fill(0);
+        return if scale == 0.0 { 0.0 } else { f32::NAN };
+    }
+    for (b, block) in x.chunks(BLOCK).enumerate() {
+        let mut padded = [0.0; BLOCK];
+        padded[..block.len()].copy_from_slice(block);
+        block_sums[b] = quantize_block(&padded, scale, &mut pairs[b / 2].0, b % 2);
+    }
+    scale
+}
+
+/// One block to int8, into the first or second half of a pair; returns the sum of its activations.
+#[inline(always)]
+fn quantize_block(x: &[f32; BLOCK], scale: f32, pair: &mut [i8; PAIR], half: usize) -> i16 {
+    let mut sum = 0i16;
+    for k in 0..4 {
+        let out = &mut pair[32 * k + 16 * half..][..16];
+        for (q, x) in out.iter_mut().zip(&x[16 * k..][..16]) {
+            let level = (x / scale).clamp(-QMAX, QMAX) + ROUND;
+            *q = level.to_bits() as i8;
+            sum += i16::from(*q);
+        }
+    }
+    sum
+}
+
+/// The gate over one token: see [`ClampedSwiGlu`].
+#[inline(always)]
+pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
+    let ClampedSwiGlu { alpha, limit } = activation;
+    for (out, pair) in out.iter_mut().zip(gate_up.chunks_exact(2)) {
+        // Written so that NaN stays NaN, unlike `f32::min`.
+        let gate = if pair[0] > limit { limit } else { pair[0] };
+        let up = if pair[1] > limit { limit } else { pair[1] };
+        let up = if up < -limit { -limit } else { up };
+        *out = (up + 1.0) * gate * (1.0 / (1.0 + exp(-(alpha * gate))));
+    }
+}
+
+/// e^x within 2 units in the last place, of plain operations only. Below -87 it goes to zero, above 88 to infinity.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    // ln 2 in two parts, the first with few bits, so that n * LN2_HIGH is exact (Cody and Waite).
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // NaN fails both comparisons and passes through.
+    let clamped = if x > 89.0 { 89.0 } else { x };
+    let clamped = if clamped < -88.0 { -88.0 } else { clamped };
+    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
+    // Minimax polynomial of (e^r - 1 - r) / r^2 on |r| <= ln 2 / 2 (Cephes, expf).
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_2e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 5e-1;
+    let value = (p * (r * r) + r) + 1.0;
+    // 2^n in two halves, for n = 128 is no float's exponent.
+    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
+    let n = (n + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+    let half = n >> 1;
+    if x < -88.0 { 0.0 } else { value * power(half) * power(n - half) }
+}
+
+/// One t5 row rewritten as t2, padding included.
+#[inline(always)]
+pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
+    let (t5, t2) = (bytemuck::cast_slice::<_, u8>(t5), bytemuck::cast_slice_mut::<_, u8>(t2));
+    if t5.len().is_multiple_of(16) {
+        t5_blocks_to_t2(t5, t2);
+        return;
+    }
+    t2.fill(0x55);
+    for weight in 0..in_features {
+        let (k, j) = (weight / t5.len(), weight % t5.len());
+        let code = t5[j] / [81, 27, 9, 3, 1][k] % 3;
+        let (block, lane) = (weight / BLOCK, weight % BLOCK);
+        t2[block * T2_BLOCK_BYTES + lane % 16] ^= (code ^ 1) << (lane / 16 * 2);
+    }
+}
+
+/// The usual case: 16 neighbouring weights are the same digit of 16 neighbouring bytes.
+#[inline(always)]
+fn t5_blocks_to_t2(t5: &[u8], t2: &mut [u8]) {
+    // A byte times 270 is its fraction of 243 in 16 bits; times 3^k, modulo 1, the k-th digit leads, and times 3 it stands
+    // before the point. The excess, at most 242 * (270 - 65536 / 243), stays below the 1 / 243 that could change a digit.
+    const FRACTION: [u16; 5] = [270, 810, 2_430, 7_290, 21_870];
+    // 16 digits, one or two thirds of 2^16 being where they turn 1 and 2.
+    let digits = |bytes: &[u8; 16], fraction: u16| {
+        bytes.map(|byte| {
+            let leading = u16::from(byte).wrapping_mul(fraction);
+            u8::from(leading > 21_845) + u8::from(leading > 43_690)
+        })
+    };
+    let mut runs = FRACTION.iter().flat_map(|fraction| t5.as_chunks::<16>().0.iter().map(move |run| (run, *fraction)));
+    for block in t2.as_chunks_mut::<T2_BLOCK_BYTES>().0 {
+        // Past the end of the row lie zeros, code 1.
+        let mut next = || runs.next().map_or([1; 16], |(run, fraction)| digits(run, fraction));
+        let quarters = [next(), next(), next(), next()];
+        for (j, byte) in block.iter_mut().enumerate() {
+            *byte = quarters[0][j] | quarters[1][j] << 2 | quarters[2][j] << 4 | quarters[3][j] << 6;
+        }
+    }
+}

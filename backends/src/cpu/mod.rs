@@ -1,0 +1,145 @@
+//! Kernels for processors: slices in, slices out, no Burn types.
+//!
+//! Every instruction set has a file with the same functions ([`Kernels`] lists and calls them); which one runs is decided
+//! at run time. All of them give the same bits: the ternary products are exact integers, and the few float operations
+//! are done in one fixed order, with no contraction left to the compiler.
+//!
+//! - [`tokens`]: activations to int8, in the order the kernels read them;
+//! - [`linear`]: ternary products over rows and tokens, on several threads;
+//! - [`experts`]: the routed feed-forward block;
+//! - [`stored`]: products with matrices kept in their checkpoint's float type.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+pub mod experts;
+pub mod linear;
+mod math;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+pub mod stored;
+mod tasks;
+pub mod tokens;
+mod view;
+
+use std::fmt;
+
+pub use view::{TernaryMatrices, TernaryRows};
+
+use crate::ops::{ClampedSwiGlu, StoredFloat};
+use linear::T2Rows;
+use tokens::{Pair, Token};
+
+/// An instruction set that has kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Plain Rust, on any processor.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// 64-bit Arm.
+    Neon,
+}
+
+impl Isa {
+    /// The fastest one this processor has.
+    #[must_use]
+    pub fn detect() -> Self {
+        Self::available().last().copied().unwrap_or(Self::Scalar)
+    }
+
+    /// All that this processor has, the fastest last.
+    #[must_use]
+    pub fn available() -> &'static [Self] {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2")
+            && std::arch::is_x86_feature_detected!("fma")
+            && std::arch::is_x86_feature_detected!("f16c")
+        {
+            return &[Self::Scalar, Self::Avx2];
+        }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("neon") {
+            return &[Self::Scalar, Self::Neon];
+        }
+        &[Self::Scalar]
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Neon => "neon",
+        })
+    }
+}
+
+/// The kernels of an instruction set that this processor is known to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kernels {
+    isa: Isa,
+}
+
+/// Calls the function of that name in the file of the instruction set.
+macro_rules! dispatch {
+    ($kernels:expr, $function:ident($($argument:expr),* $(,)?)) => {
+        match $kernels.isa {
+            // SAFETY: `Kernels` only exists for instruction sets that were found on this processor.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Isa::Avx2 => unsafe { avx2::$function($($argument),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            #[allow(unsafe_code)]
+            Isa::Neon => unsafe { neon::$function($($argument),*) },
+            _ => scalar::$function($($argument),*),
+        }
+    };
+}
+
+impl Kernels {
+    /// The fastest kernels this processor can run.
+    #[must_use]
+    pub fn detect() -> Self {
+        Self { isa: Isa::detect() }
+    }
+
+    /// The kernels of one instruction set, if this processor has it.
+    #[must_use]
+    pub fn new(isa: Isa) -> Option<Self> {
+        Isa::available().contains(&isa).then_some(Self { isa })
+    }
+
+    /// Which instruction set these are for.
+    #[must_use]
+    pub const fn isa(self) -> Isa {
+        self.isa
+    }
+
+    /// The exact totals of all `rows` with each of at most [`linear::TOKEN_TILE`] tokens, `totals[row * tokens + token]`.
+    fn t2_totals(self, rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
+        dispatch!(self, t2_totals(rows, tokens, totals));
+    }
+
+    /// One t5 row of `in_features` weights rewritten as t2.
+    fn t5_to_t2(self, t5: &[u32], in_features: usize, t2: &mut [u32]) {
+        dispatch!(self, t5_to_t2(t5, in_features, t2));
+    }
+
+    /// One token to int8: see [`tokens`].
+    fn quantize(self, x: &[f32], pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+        dispatch!(self, quantize(x, pairs, block_sums))
+    }
+
+    /// The gate over one token: `gate_up` holds gate and up in turn and is twice as long as `out`.
+    fn swiglu(self, activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
+        dispatch!(self, swiglu(activation, gate_up, out));
+    }
+
+    /// `out[row * tokens + token]`: stored rows times tokens that are zero-padded to whole [`stored::LANES`].
+    fn stored_dots(self, float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {
+        dispatch!(self, stored_dots(float, rows, tokens, out));
+    }
+}

@@ -1,0 +1,78 @@
+//! Plain Rust: what any processor can run, and what the others are compared with.
+
+use super::{
+    linear::T2Rows,
+    math,
+    stored::LANES,
+    tokens::{Pair, Token},
+};
+use crate::ops::{ClampedSwiGlu, StoredFloat};
+
+pub(super) fn t2_totals(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
+    for (row, totals) in totals.chunks_exact_mut(tokens.len().max(1)).enumerate() {
+        let scales = rows.row_scales(row);
+        for (token, total) in tokens.iter().zip(totals) {
+            *total = 0;
+            for (b, words) in rows.row(row).chunks_exact(4).enumerate() {
+                let scale = scales.map_or(1, |scales| i32::from(scales[b]));
+                let dot = block_dot(words, token, b) - i32::from(token.block_sums[b]);
+                *total = total.wrapping_add(scale * dot);
+            }
+        }
+    }
+}
+
+/// Codes (not trits) of a block times activations.
+fn block_dot(words: &[u32], token: &Token<'_>, block: usize) -> i32 {
+    let pair = &token.pairs[block / 2].0;
+    let mut dot = 0;
+    for k in 0..4 {
+        let activations = &pair[32 * k + 16 * (block % 2)..][..16];
+        for (j, q) in activations.iter().enumerate() {
+            let code = (words[j / 4] >> (8 * (j % 4) + 2 * k)) & 3;
+            dot += code as i32 * i32::from(*q);
+        }
+    }
+    dot
+}
+
+pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
+    math::t5_to_t2(t5, in_features, t2);
+}
+
+pub(super) fn quantize(x: &[f32], pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+    math::quantize(x, pairs, block_sums)
+}
+
+pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
+    math::swiglu(activation, gate_up, out);
+}
+
+pub(super) fn stored_dots(float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {
+    for (row, out) in rows.iter().zip(out.chunks_exact_mut(tokens.len().max(1))) {
+        for (token, out) in tokens.iter().zip(out) {
+            *out = stored_dot(float, row, token);
+        }
+    }
+}
+
+fn stored_dot(float: StoredFloat, row: &[u32], token: &[f32]) -> f32 {
+    let step = LANES * float.bytes() / 4;
+    let mut lanes = [0.0f32; LANES];
+    for (words, x) in row.chunks(step).zip(token.chunks_exact(LANES)) {
+        let mut weights = [0.0; LANES];
+        float.decode(words, &mut weights);
+        for ((lane, weight), x) in lanes.iter_mut().zip(weights).zip(x) {
+            *lane = weight.mul_add(*x, *lane);
+        }
+    }
+    // Halves onto each other, as the vector kernels add their registers.
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}

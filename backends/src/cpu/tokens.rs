@@ -1,0 +1,125 @@
+//! Activations as int8, in the order the ternary kernels read them.
+//!
+//! A token is cut into pairs of blocks of 64, zero-padded. Within a pair the bytes are in the order in which two t2 blocks,
+//! side by side in a 256-bit register, give up their weights (`k` is the shift, see [`format`](crate::format)):
+//!
+//! ```text
+//! byte 32k + j       (j < 16)   activation 16k + j of the first block
+//! byte 32k + 16 + j             activation 16k + j of the second block
+//! ```
+
+use rayon::prelude::*;
+
+use super::Kernels;
+use crate::format::BLOCK;
+
+/// Activations in a pair of blocks.
+pub(super) const PAIR: usize = 2 * BLOCK;
+
+/// Block sums are padded to a multiple of this many, so that they can be loaded whole.
+pub(super) const SUM_LANES: usize = 16;
+
+/// Elements from which on tokens are rounded on several threads.
+const PARALLEL_ELEMENTS: usize = 1 << 18;
+
+/// The int8 activations of two blocks, on a cache line boundary.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Pair(pub(super) [i8; PAIR]);
+
+/// Tokens rounded to int8 with one scale each: `s = max|x| / 127`, `q = clamp(round_half_even(x / s), -127, 127)`.
+///
+/// A token whose scale is zero (all zeros, or so small that `max|x| / 127` is) is all zeros. A token with a NaN or an
+/// infinity is all zeros with a scale of NaN, which makes every product with it NaN.
+#[derive(Debug, Clone)]
+pub struct Tokens {
+    in_features: usize,
+    pairs: Vec<Pair>,
+    block_sums: Vec<i16>,
+    scales: Vec<f32>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Token<'a> {
+    /// The activations.
+    pub(super) pairs: &'a [Pair],
+    /// Sum of each block's activations, padded with zeros to a multiple of [`SUM_LANES`].
+    pub(super) block_sums: &'a [i16],
+    /// What an activation of 1 stands for.
+    pub(super) scale: f32,
+}
+
+/// One token to be quantized, and where it goes.
+struct Work<'a> {
+    x: &'a [f32],
+    pairs: &'a mut [Pair],
+    sums: &'a mut [i16],
+    scale: &'a mut f32,
+}
+
+impl Tokens {
+    /// Rounds tokens of `in_features` values each, given one after the other. A rest that is no whole token is left out.
+    #[must_use]
+    pub fn quantize(kernels: Kernels, x: &[f32], in_features: usize) -> Self {
+        let tokens = x.len().checked_div(in_features).unwrap_or(0);
+        let mut this = Self {
+            in_features,
+            pairs: vec![Pair([0; PAIR]); tokens * pairs(in_features)],
+            block_sums: vec![0; tokens * sums(in_features)],
+            scales: vec![0.0; tokens],
+        };
+        if tokens == 0 {
+            return this;
+        }
+        let scales = this.scales.iter_mut();
+        let parts =
+            this.pairs.chunks_exact_mut(pairs(in_features)).zip(this.block_sums.chunks_exact_mut(sums(in_features)));
+        let work = x.chunks_exact(in_features).zip(parts).zip(scales);
+        let mut work: Vec<Work<'_>> = work.map(|((x, (pairs, sums)), scale)| Work { x, pairs, sums, scale }).collect();
+        let quantize = |work: &mut Work<'_>| *work.scale = kernels.quantize(work.x, work.pairs, work.sums);
+        if x.len() < PARALLEL_ELEMENTS || rayon::current_num_threads() == 1 {
+            work.iter_mut().for_each(quantize);
+        } else {
+            work.par_iter_mut().for_each(quantize);
+        }
+        this
+    }
+
+    /// How many tokens there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.scales.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.scales.is_empty()
+    }
+
+    /// Values in a token.
+    #[must_use]
+    pub const fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    pub(super) fn token(&self, token: usize) -> Token<'_> {
+        let (pairs, sums) = (pairs(self.in_features), sums(self.in_features));
+        Token {
+            pairs: &self.pairs[token * pairs..(token + 1) * pairs],
+            block_sums: &self.block_sums[token * sums..(token + 1) * sums],
+            scale: self.scales[token],
+        }
+    }
+}
+
+/// Pairs of blocks in a row.
+pub(super) const fn pairs(in_features: usize) -> usize {
+    in_features.div_ceil(PAIR)
+}
+
+/// Block sums, or block scales, of a row with their padding.
+pub(super) const fn sums(in_features: usize) -> usize {
+    in_features.div_ceil(BLOCK).next_multiple_of(SUM_LANES)
+}

@@ -1,0 +1,56 @@
+//! The Flex backend: registration only.
+
+use std::borrow::Cow;
+
+use burn::tensor::{Element, Int, Tensor};
+use burn_flex::{Flex, FlexTensor};
+
+use crate::{
+    format::TernaryWeight,
+    host::{self, HostBackend},
+    ops::{StoredMatrix, TernaryBackend, TernaryExperts},
+};
+
+impl TernaryBackend for Flex {
+    fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
+        host::ternary_linear(x, weight, matrix)
+    }
+
+    fn ternary_experts(
+        x: Tensor<Self, 2>,
+        chosen: Tensor<Self, 2, Int>,
+        weights: Tensor<Self, 2>,
+        experts: &TernaryExperts<Self>,
+    ) -> Tensor<Self, 2> {
+        host::ternary_experts(x, chosen, weights, experts)
+    }
+
+    fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
+        host::stored_linear(x, matrix)
+    }
+
+    fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        host::stored_rows(matrix, ids)
+    }
+}
+
+impl HostBackend for Flex {
+    fn floats(tensor: &FlexTensor) -> Cow<'_, [f32]> {
+        elements(tensor)
+    }
+
+    fn words(tensor: &FlexTensor) -> Cow<'_, [u32]> {
+        elements(tensor)
+    }
+
+    fn octets(tensor: &FlexTensor) -> Cow<'_, [u8]> {
+        elements(tensor)
+    }
+}
+
+fn elements<E: Element + bytemuck::Pod>(tensor: &FlexTensor) -> Cow<'_, [E]> {
+    if let Some(slice) = tensor.as_slice() {
+        return Cow::Borrowed(slice);
+    }
+    Cow::Owned(tensor.to_contiguous().as_slice().map_or_else(Vec::new, <[E]>::to_vec))
+}

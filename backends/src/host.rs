@@ -1,0 +1,149 @@
+//! The operations on backends whose tensors lie in this machine's memory: Burn tensors in, slices to the
+//! [kernels](crate::cpu), Burn tensors out. Flex and NdArray only say how to reach their slices.
+
+use std::borrow::Cow;
+
+use burn::tensor::{
+    DType, Int, Tensor, TensorData,
+    backend::Backend,
+    ops::{FloatTensor, IntTensor},
+};
+
+use crate::{
+    cpu::{
+        Kernels, TernaryMatrices,
+        experts::{self, Experts},
+        linear,
+        stored::{self, StoredRows},
+        tokens::Tokens,
+    },
+    format::{FormatError, TernaryLayout, TernaryWeight},
+    ops::{StoredMatrix, TernaryBackend, TernaryExperts},
+};
+
+/// A backend whose tensors can be read as slices: borrowed where they are contiguous, copied otherwise.
+///
+/// Each function returns an empty slice for a tensor of another element type; the public types are checked, so that
+/// only happens to those put together by hand, and the length checks of the kernels' views then refuse it.
+pub(crate) trait HostBackend: TernaryBackend {
+    /// The elements of an `F32` tensor.
+    fn floats(tensor: &FloatTensor<Self>) -> Cow<'_, [f32]>;
+    /// The elements of a `U32` tensor.
+    fn words(tensor: &IntTensor<Self>) -> Cow<'_, [u32]>;
+    /// The elements of a `U8` tensor.
+    fn octets(tensor: &IntTensor<Self>) -> Cow<'_, [u8]>;
+}
+
+/// The primitives of a ternary weight, which keep its slices alive.
+struct WeightParts<B: Backend> {
+    layout: TernaryLayout,
+    codes: IntTensor<B>,
+    row_scales: FloatTensor<B>,
+    group_scales: Option<IntTensor<B>>,
+}
+
+impl<B: HostBackend> WeightParts<B> {
+    fn new(weight: &TernaryWeight<B>) -> Self {
+        Self {
+            layout: weight.layout,
+            codes: weight.codes.clone().into_primitive(),
+            row_scales: primitive(weight.row_scales.clone()),
+            group_scales: weight.group_scales.clone().map(Tensor::into_primitive),
+        }
+    }
+
+    /// Runs something on the kernels' view of the weight.
+    fn with<R>(&self, run: impl FnOnce(TernaryMatrices<'_>) -> Result<R, FormatError>) -> Result<R, FormatError> {
+        let (codes, row_scales) = (B::words(&self.codes), B::floats(&self.row_scales));
+        let group_scales = self.group_scales.as_ref().map(|scales| B::octets(scales));
+        run(TernaryMatrices::new(self.layout, &codes, &row_scales, group_scales.as_deref())?)
+    }
+}
+
+/// [`TernaryBackend::ternary_linear`] by the kernels.
+pub(crate) fn ternary_linear<B: HostBackend>(
+    x: Tensor<B, 2>,
+    weight: &TernaryWeight<B>,
+    matrix: usize,
+) -> Tensor<B, 2> {
+    let ([tokens, in_features], device) = (x.dims(), x.device());
+    let rows = weight.layout.rows;
+    let x = primitive(x);
+    let kernels = Kernels::detect();
+    let mut out = vec![0.0; tokens * rows];
+    let result = WeightParts::new(weight).with(|view| {
+        let missing = FormatError::Length { what: "matrices", expected: matrix + 1, found: weight.layout.matrices };
+        let matrix = view.matrix(matrix).ok_or(missing)?;
+        let x = Tokens::quantize(kernels, &B::floats(&x), in_features);
+        linear::ternary_linear(kernels, &matrix, &x, &mut out)
+    });
+    finish(result, out, [tokens, rows], &device)
+}
+
+/// [`TernaryBackend::ternary_experts`] by the kernels.
+pub(crate) fn ternary_experts<B: HostBackend>(
+    x: Tensor<B, 2>,
+    chosen: Tensor<B, 2, Int>,
+    weights: Tensor<B, 2>,
+    moe: &TernaryExperts<B>,
+) -> Tensor<B, 2> {
+    let (shape, device) = (x.dims(), x.device());
+    let chosen: Vec<i64> = chosen.into_data().iter::<i64>().collect();
+    let (x, weights) = (primitive(x), primitive(weights));
+    let (gate_up, down) = (WeightParts::new(&moe.gate_up), WeightParts::new(&moe.down));
+    let (gate_up_bias, down_bias) = (primitive(moe.gate_up_bias.clone()), primitive(moe.down_bias.clone()));
+    let mut out = vec![0.0; shape[0] * shape[1]];
+    let result = gate_up.with(|gate_up| {
+        down.with(|down| {
+            let (gate_up_bias, down_bias) = (B::floats(&gate_up_bias), B::floats(&down_bias));
+            let view = Experts::new(gate_up, &gate_up_bias, down, &down_bias, moe.activation)?;
+            experts::ternary_experts(Kernels::detect(), &view, &B::floats(&x), &chosen, &B::floats(&weights), &mut out)
+        })
+    });
+    finish(result, out, shape, &device)
+}
+
+/// [`TernaryBackend::stored_linear`] by the kernels.
+pub(crate) fn stored_linear<B: HostBackend>(x: Tensor<B, 2>, matrix: &StoredMatrix<B>) -> Tensor<B, 2> {
+    let (tokens, device) = (x.dims()[0], x.device());
+    let (x, words) = (primitive(x), matrix.words.clone().into_primitive());
+    let mut out = vec![0.0; tokens * matrix.rows()];
+    let words = B::words(&words);
+    let result = StoredRows::new(&words, matrix.rows(), matrix.columns(), matrix.float())
+        .and_then(|rows| stored::stored_linear(Kernels::detect(), &rows, &B::floats(&x), tokens, &mut out));
+    finish(result, out, [tokens, matrix.rows()], &device)
+}
+
+/// [`TernaryBackend::stored_rows`] by the kernels.
+pub(crate) fn stored_rows<B: HostBackend>(matrix: &StoredMatrix<B>, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+    let device = ids.device();
+    let ids: Vec<i64> = ids.into_data().iter::<i64>().collect();
+    let words = matrix.words.clone().into_primitive();
+    let words = B::words(&words);
+    let mut out = vec![0.0; ids.len() * matrix.columns()];
+    let rows = StoredRows::new(&words, matrix.rows(), matrix.columns(), matrix.float());
+    let result = rows.map(|rows| {
+        for (id, out) in ids.iter().zip(out.chunks_exact_mut(matrix.columns())) {
+            rows.decode_row(usize::try_from(*id).ok(), out);
+        }
+    });
+    finish(result, out, [ids.len(), matrix.columns()], &device)
+}
+
+/// The output as a tensor. The parts have been checked when they were put together, so an error can only mean that
+/// somebody changed their public fields afterwards: a mistake in the program, like any shape that does not fit.
+fn finish<B: Backend, const D: usize>(
+    result: Result<(), FormatError>,
+    out: Vec<f32>,
+    shape: [usize; D],
+    device: &B::Device,
+) -> Tensor<B, D> {
+    if let Err(error) = &result {
+        assert!(result.is_ok(), "weights that do not follow their own layout: {error}");
+    }
+    Tensor::from_data(TensorData::new(out, shape), (device, DType::F32))
+}
+
+fn primitive<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> FloatTensor<B> {
+    tensor.into_primitive().tensor()
+}

@@ -1,0 +1,65 @@
+//! The NdArray backend: registration only.
+
+use std::borrow::Cow;
+
+use burn::tensor::{Int, Tensor};
+use burn_ndarray::{NdArray, NdArrayTensor};
+
+use crate::{
+    format::TernaryWeight,
+    host::{self, HostBackend},
+    ops::{StoredMatrix, TernaryBackend, TernaryExperts},
+};
+
+impl TernaryBackend for NdArray {
+    fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
+        host::ternary_linear(x, weight, matrix)
+    }
+
+    fn ternary_experts(
+        x: Tensor<Self, 2>,
+        chosen: Tensor<Self, 2, Int>,
+        weights: Tensor<Self, 2>,
+        experts: &TernaryExperts<Self>,
+    ) -> Tensor<Self, 2> {
+        host::ternary_experts(x, chosen, weights, experts)
+    }
+
+    fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
+        host::stored_linear(x, matrix)
+    }
+
+    fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        host::stored_rows(matrix, ids)
+    }
+}
+
+/// The elements of a tensor if it is of that type. The type of the storage inside has no public name.
+macro_rules! elements {
+    ($tensor:expr, $variant:ident) => {
+        match $tensor {
+            NdArrayTensor::$variant(storage) => {
+                let view = storage.view();
+                match view.to_slice() {
+                    Some(slice) => Cow::Borrowed(slice),
+                    None => Cow::Owned(view.iter().copied().collect()),
+                }
+            }
+            _ => Cow::default(),
+        }
+    };
+}
+
+impl HostBackend for NdArray {
+    fn floats(tensor: &NdArrayTensor) -> Cow<'_, [f32]> {
+        elements!(tensor, F32)
+    }
+
+    fn words(tensor: &NdArrayTensor) -> Cow<'_, [u32]> {
+        elements!(tensor, U32)
+    }
+
+    fn octets(tensor: &NdArrayTensor) -> Cow<'_, [u8]> {
+        elements!(tensor, U8)
+    }
+}

@@ -1,0 +1,69 @@
+use burn::tensor::{DType, Tensor, backend::Backend};
+
+use crate::format::{FormatError, TernaryWeight, check_dtype, check_shape};
+
+/// gpt-oss's gate: `gate = min(gate, limit)`, `up = clamp(up, -limit, limit)`,
+/// `out = (up + 1) * gate * sigmoid(alpha * gate)` (gpt-oss model card, section 2.3; `swiglu` in openai/gpt-oss).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ClampedSwiGlu {
+    /// Steepness of the gate: 1.702 in gpt-oss.
+    pub alpha: f32,
+    /// Where both halves are clamped: `swiglu_limit` in config.json, 7 in gpt-oss.
+    pub limit: f32,
+}
+
+/// The experts of one layer: two ternary matrices each, with biases, and the gate between them.
+#[derive(Debug, Clone)]
+pub struct TernaryExperts<B: Backend> {
+    /// A matrix an expert, `2 * intermediate` rows of `hidden` inputs: row `2i` is gate `i`, row `2i + 1` is up `i`.
+    pub gate_up: TernaryWeight<B>,
+    /// `[experts, 2 * intermediate]`, in the same order.
+    pub gate_up_bias: Tensor<B, 2>,
+    /// A matrix an expert, `hidden` rows of `intermediate` inputs.
+    pub down: TernaryWeight<B>,
+    /// `[experts, hidden]`.
+    pub down_bias: Tensor<B, 2>,
+    /// What happens between the two.
+    pub activation: ClampedSwiGlu,
+}
+
+impl<B: Backend> TernaryExperts<B> {
+    /// Puts the parts together.
+    ///
+    /// # Errors
+    /// [`FormatError::Shape`] or [`FormatError::ElementType`] where a part does not fit the others.
+    pub fn new(
+        gate_up: TernaryWeight<B>,
+        gate_up_bias: Tensor<B, 2>,
+        down: TernaryWeight<B>,
+        down_bias: Tensor<B, 2>,
+        activation: ClampedSwiGlu,
+    ) -> Result<Self, FormatError> {
+        let (upper, lower) = (gate_up.layout, down.layout);
+        check_shape("gate_up rows", &[upper.rows], &[2 * lower.in_features])?;
+        check_shape("down [experts, rows]", &[lower.matrices, lower.rows], &[upper.matrices, upper.in_features])?;
+        check_shape("gate_up_bias", &gate_up_bias.dims(), &[upper.matrices, upper.rows])?;
+        check_shape("down_bias", &down_bias.dims(), &[lower.matrices, lower.rows])?;
+        check_dtype("gate_up_bias", gate_up_bias.dtype(), DType::F32)?;
+        check_dtype("down_bias", down_bias.dtype(), DType::F32)?;
+        Ok(Self { gate_up, gate_up_bias, down, down_bias, activation })
+    }
+
+    /// How many experts there are.
+    #[must_use]
+    pub fn experts(&self) -> usize {
+        self.gate_up.layout.matrices
+    }
+
+    /// Width of the residual stream that goes in and comes out.
+    #[must_use]
+    pub fn hidden(&self) -> usize {
+        self.gate_up.layout.in_features
+    }
+
+    /// Width between the two matrices.
+    #[must_use]
+    pub fn intermediate(&self) -> usize {
+        self.down.layout.in_features
+    }
+}

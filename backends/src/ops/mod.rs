@@ -1,0 +1,193 @@
+//! The operations, and the trait a Burn backend implements to run them.
+//!
+//! Call the free functions: they take and return Burn tensors of any float type, check shapes and hand `F32` to the
+//! backend. Shapes that do not fit panic, as they do in Burn's own operations; nothing in the *values* of a tensor does.
+
+mod experts;
+mod stored;
+
+use burn::tensor::{DType, Int, Tensor, backend::Backend};
+
+pub use experts::{ClampedSwiGlu, TernaryExperts};
+pub use stored::{StoredFloat, StoredMatrix};
+
+use crate::{format::TernaryWeight, reference};
+
+/// How queries see keys in [`sink_attention`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionSpec {
+    /// What scores are multiplied with before the softmax: 1 / sqrt(head size) in gpt-oss.
+    pub scale: f32,
+    /// How many positions a query sees, itself included; `None` for all that came before.
+    pub window: Option<usize>,
+}
+
+/// A Burn backend that can run the operations of this crate.
+///
+/// Every function has a default that computes the same with Burn's own operations ([`reference`](crate::reference)), so
+/// an empty `impl` makes any backend work; a backend overrides what it has a kernel for. Float arguments are `F32`,
+/// shapes have been checked.
+pub trait TernaryBackend: Backend {
+    /// See [`ternary_linear`]; `x` is `[tokens, in_features]`.
+    #[must_use]
+    fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
+        reference::ternary_linear(x, weight, matrix)
+    }
+
+    /// See [`ternary_experts`].
+    #[must_use]
+    fn ternary_experts(
+        x: Tensor<Self, 2>,
+        chosen: Tensor<Self, 2, Int>,
+        weights: Tensor<Self, 2>,
+        experts: &TernaryExperts<Self>,
+    ) -> Tensor<Self, 2> {
+        reference::ternary_experts(x, chosen, weights, experts)
+    }
+
+    /// See [`stored_linear`].
+    #[must_use]
+    fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
+        reference::stored_linear(x, matrix)
+    }
+
+    /// See [`stored_rows`].
+    #[must_use]
+    fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        reference::stored_rows(matrix, ids)
+    }
+
+    /// See [`sink_attention`].
+    #[must_use]
+    fn sink_attention(
+        q: Tensor<Self, 3>,
+        k: Tensor<Self, 3>,
+        v: Tensor<Self, 3>,
+        sinks: Tensor<Self, 1>,
+        spec: AttentionSpec,
+    ) -> Tensor<Self, 2> {
+        reference::sink_attention(q, k, v, sinks, spec)
+    }
+}
+
+/// A ternary linear layer without bias: `x [.., in_features]` times matrix `matrix` of `weight`, `[.., rows]`.
+///
+/// Each token (a vector of `in_features`) is rounded to int8 with one scale, as in BitNet b1.58 (Ma et al. 2024):
+/// `s = max|x| / 127`, `q = clamp(round(x / s), -127, 127)` with halves to even, all zeros if `s` is zero. Then
+///
+/// ```text
+/// total[p, r] = sum over groups g of group_scale[p, r, g] * dot(q, trits[p, r])_g        an exact i32
+/// y[r]        = sum over planes p, in order, of  f32(total[p, r]) * (row_scale[p, r] * s)
+/// ```
+///
+/// in `f32`, so the CPU kernels give the same bits on every instruction set, for every number of threads and whatever
+/// else is in the batch. A token with a NaN or an infinity gives NaN in its whole output row.
+///
+/// Gradients: the rounding counts as the identity for `x`; the row scales get theirs; codes and group scales have none.
+///
+/// # Panics
+/// If the last dimension of `x` is not `in_features`, or `matrix` is not below the layout's `matrices`.
+#[must_use]
+pub fn ternary_linear<B: TernaryBackend, const D: usize>(
+    x: Tensor<B, D>,
+    weight: &TernaryWeight<B>,
+    matrix: usize,
+) -> Tensor<B, D> {
+    let mut shape = x.dims();
+    let layout = weight.layout;
+    assert!(D > 0 && shape[D - 1] == layout.in_features, "x of shape {shape:?} times weights of {layout:?}");
+    assert!(matrix < layout.matrices, "matrix {matrix} of {layout:?}");
+    let tokens = shape[..D - 1].iter().product::<usize>();
+    let dtype = x.dtype();
+    let y = B::ternary_linear(single(x.reshape([tokens, layout.in_features])), weight, matrix);
+    shape[D - 1] = layout.rows;
+    restore(y.reshape(shape), dtype)
+}
+
+/// The routed feed-forward block: `x [tokens, hidden]` through the experts that each token chose, `[tokens, hidden]`.
+///
+/// `chosen` and `weights` are `[tokens, k]`: for each token the experts it goes to and what their outputs count.
+///
+/// ```text
+/// y[t] = sum over j, in order, of  weights[t, j] * (down_e(act(gate_up_e(x[t]) + gate_up_bias_e)) + down_bias_e),   e = chosen[t, j]
+/// ```
+///
+/// where `gate_up_e` and `down_e` are [`ternary_linear`] with matrix `e`. Tokens are gathered by expert, so that each
+/// weight row is read once for the whole batch, and experts that nobody chose are never touched: their pages stay on disk.
+/// An index that is no expert makes that token's whole output row NaN.
+///
+/// # Panics
+/// If shapes do not fit each other.
+#[must_use]
+pub fn ternary_experts<B: TernaryBackend>(
+    x: Tensor<B, 2>,
+    chosen: Tensor<B, 2, Int>,
+    weights: Tensor<B, 2>,
+    experts: &TernaryExperts<B>,
+) -> Tensor<B, 2> {
+    let [tokens, hidden] = x.dims();
+    assert_eq!(hidden, experts.hidden(), "width of x and of the experts");
+    assert_eq!(chosen.dims(), weights.dims(), "chosen experts and their weights");
+    assert_eq!(chosen.dims()[0], tokens, "tokens in x and in the chosen experts");
+    let dtype = x.dtype();
+    restore(B::ternary_experts(single(x), chosen, single(weights), experts), dtype)
+}
+
+/// A linear layer whose matrix is kept as it is stored (bf16, f16 or f32): `x [tokens, columns]`, `[tokens, rows]`.
+///
+/// Arithmetic is `f32` with fused multiply-adds. On the CPU kernels the order of the sums is fixed (see
+/// [`cpu::stored`](crate::cpu::stored)), so bits do not depend on threads, instruction set or batch. The matrix is never
+/// converted as a whole. Gradients flow to `x`.
+///
+/// # Panics
+/// If the width of `x` is not the matrix's number of columns.
+#[must_use]
+pub fn stored_linear<B: TernaryBackend>(x: Tensor<B, 2>, matrix: &StoredMatrix<B>) -> Tensor<B, 2> {
+    assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
+    let dtype = x.dtype();
+    restore(B::stored_linear(single(x), matrix), dtype)
+}
+
+/// Rows of a stored matrix (an embedding): `ids [n]`, `[n, columns]` in `F32`. An id that is no row gives a row of NaN.
+#[must_use]
+pub fn stored_rows<B: TernaryBackend>(matrix: &StoredMatrix<B>, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+    B::stored_rows(matrix, ids)
+}
+
+/// Grouped-query attention with sinks, causal, with an optional sliding window: `[T, q_heads * d]`.
+///
+/// `q` is `[q_heads, T, d]`, `k` and `v` are `[kv_heads, L, d]` with `L >= T`, `sinks` is `[q_heads]`. Query `i` stands
+/// at position `p = L - T + i` and sees the keys `j <= p`, with a window only those with `j > p - window`. Query head `h`
+/// uses key head `h / (q_heads / kv_heads)`. The softmax runs over the scores and one more, the head's sink, whose share
+/// is then dropped (gpt-oss model card, section 2.2): a head can attend to nothing.
+///
+/// # Panics
+/// If shapes do not fit each other, or `window` is 0.
+#[must_use]
+pub fn sink_attention<B: TernaryBackend>(
+    q: Tensor<B, 3>,
+    k: Tensor<B, 3>,
+    v: Tensor<B, 3>,
+    sinks: Tensor<B, 1>,
+    spec: AttentionSpec,
+) -> Tensor<B, 2> {
+    let [q_heads, queries, size] = q.dims();
+    let [kv_heads, keys, _] = k.dims();
+    assert!(kv_heads > 0 && q_heads.is_multiple_of(kv_heads), "{q_heads} query heads on {kv_heads} key heads");
+    assert_eq!(k.dims(), [kv_heads, keys, size], "shape of the keys");
+    assert_eq!(v.dims(), [kv_heads, keys, size], "shape of the values");
+    assert_eq!(sinks.dims(), [q_heads], "one sink a query head");
+    assert!(keys >= queries, "{queries} queries at the end of {keys} keys");
+    assert!(spec.window != Some(0), "a window includes the query's own position");
+    let dtype = q.dtype();
+    restore(B::sink_attention(single(q), single(k), single(v), single(sinks), spec), dtype)
+}
+
+/// The tensor in `F32`, for free if it already is.
+fn single<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
+    restore(x, DType::F32)
+}
+
+fn restore<B: Backend, const D: usize>(y: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
+    if y.dtype() == dtype { y } else { y.cast(dtype) }
+}

@@ -1,0 +1,12 @@
+//! Each operation with Burn's own tensor operations: what a backend without kernels runs, and what kernels are tested
+//! against. Differentiable wherever the operation is.
+
+mod attention;
+mod experts;
+mod linear;
+mod stored;
+
+pub use attention::sink_attention;
+pub use experts::{clamped_swiglu, ternary_experts};
+pub use linear::{fake_quantize, magnitude, ternary_linear};
+pub use stored::{stored_linear, stored_linear_transposed, stored_rows};

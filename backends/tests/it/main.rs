@@ -1,0 +1,11 @@
+//! What the crate promises, checked through its public interface on every backend and instruction set at hand.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod attention;
+mod experts;
+mod format;
+mod gradients;
+mod linear;
+mod mapped;
+mod stored;
+mod support;
