@@ -2,6 +2,7 @@
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use serde::{Deserialize, Serialize};
+use ternoss_backends::reference::magnitude;
 
 /// How many weights share one `mean|W|`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,16 +66,16 @@ pub fn absmean<B: Backend>(weight: Tensor<B, 2>, granularity: Granularity) -> Te
     match granularity {
         Granularity::Tensor => {
             // Rows first: a fixed order of summation, whatever the number of threads.
-            let mean = weight.clone().abs().mean_dim(1).mean_dim(0);
+            let mean = magnitude(weight.clone()).mean_dim(1).mean_dim(0);
             per_row(weight, mean.expand([rows, 1]))
         }
         Granularity::Row => {
-            let mean = weight.clone().abs().mean_dim(1);
+            let mean = magnitude(weight.clone()).mean_dim(1);
             per_row(weight, mean)
         }
         Granularity::Group(size) => {
             let groups = in_features.div_ceil(size);
-            let mean = group_means(weight.clone().abs(), groups, size);
+            let mean = group_means(magnitude(weight.clone()), groups, size);
             let trits = round_to_trits(weight, spread(mean.clone(), rows, in_features, size));
             let (row_scales, group_scales) = snap_group_scales(mean);
             TernaryParts { trits, row_scales, group_scales: Some(group_scales), group_size: Some(size) }

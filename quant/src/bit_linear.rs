@@ -76,10 +76,12 @@ impl BitLinearConfig {
 impl<B: Backend> BitLinear<B> {
     /// A latent layer with the weight and bias of a dense one.
     pub fn from_linear(linear: &nn::Linear<B>, config: &TernaryConfig) -> Self {
-        let weight = linear.weight.val().detach().transpose();
+        // Detached last: a view of a parameter would be no leaf of the gradients' graph.
+        let weight = linear.weight.val().transpose().detach();
         Self {
             weight: BitWeight::Latent(LatentWeight { weight: Param::from_tensor(weight), config: *config }),
-            bias: linear.bias.clone(),
+            // A parameter that was never used draws its random values anew in every clone.
+            bias: linear.bias.as_ref().map(|bias| Param::initialized(bias.id, bias.val())),
         }
     }
 
@@ -104,7 +106,9 @@ impl<B: Backend> BitLinear<B> {
     /// # Errors
     /// [`FormatError`] when the configuration does not describe a valid layout.
     pub fn pack(self) -> Result<Self, FormatError> {
-        let BitWeight::Latent(latent) = &self.weight else { return Ok(self) };
+        let BitWeight::Latent(latent) = &self.weight else {
+            return Ok(self);
+        };
         let weight = latent.weight.val().detach();
         let parts = absmean(weight.clone(), latent.config.granularity);
         let packed = PackedTernary::pack(&[parts], latent.config.format)?;

@@ -1,6 +1,10 @@
 //! A linear layer that is dense or ternary.
 
-use burn::{module::Module, nn, tensor::{Tensor, backend::Backend}};
+use burn::{
+    module::Module,
+    nn,
+    tensor::{Tensor, backend::Backend},
+};
 use ternoss_backends::{FormatError, TernaryBackend};
 
 use crate::{BitLinear, TernaryConfig};

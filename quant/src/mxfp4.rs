@@ -9,9 +9,7 @@ pub const BLOCK: usize = 32;
 pub const BLOCK_BYTES: usize = BLOCK / 2;
 
 /// The sixteen E2M1 values in code order.
-pub const VALUES: [f32; 16] = [
-    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
-];
+pub const VALUES: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// A block count that does not fit its scales or its output.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -91,14 +91,14 @@ impl PackedTernary {
 fn pack_rows(layout: &TernaryLayout, trits: &[f32]) -> Vec<u32> {
     let words_per_row = layout.words_per_row();
     let mut words = vec![0; layout.rows * words_per_row];
-    words
-        .par_chunks_mut(words_per_row)
-        .zip(trits.par_chunks(layout.in_features))
-        .for_each_init(Vec::new, |row, (words, trits)| {
+    words.par_chunks_mut(words_per_row).zip(trits.par_chunks(layout.in_features)).for_each_init(
+        Vec::new,
+        |row, (words, trits)| {
             row.clear();
             row.extend(trits.iter().map(|trit| *trit as i8));
             layout.format.pack_row(row, words);
-        });
+        },
+    );
     words
 }
 

@@ -121,7 +121,12 @@ fn the_weight_distribution_is_preserved() {
 }
 
 /// Activations and weights quantized and multiplied element by element, in double precision.
-fn naive(x: &[f32], layer: &nn::Linear<Flex>, granularity: Granularity, [tokens, inputs, outputs]: [usize; 3]) -> Vec<f64> {
+fn naive(
+    x: &[f32],
+    layer: &nn::Linear<Flex>,
+    granularity: Granularity,
+    [tokens, inputs, outputs]: [usize; 3],
+) -> Vec<f64> {
     let weight = layer.weight.val().transpose();
     let ternary = host(absmean(weight, granularity).to_dense());
     let bias = layer.bias.as_ref().map(|bias| host(bias.val()));
@@ -150,9 +155,10 @@ fn equals_the_naive_loop<B: TernaryBackend>() {
                 let layer = LinearConfig::new(inputs, outputs).init::<Flex>(&device);
                 let on_backend = nn::Linear {
                     weight: burn::module::Param::from_data(layer.weight.val().into_data(), &Default::default()),
-                    bias: layer.bias.as_ref().map(|bias| {
-                        burn::module::Param::from_data(bias.val().into_data(), &Default::default())
-                    }),
+                    bias: layer
+                        .bias
+                        .as_ref()
+                        .map(|bias| burn::module::Param::from_data(bias.val().into_data(), &Default::default())),
                 };
                 let x = random::<B>([tokens, inputs], 11);
                 let latent = BitLinear::<B>::from_linear(&on_backend, &config);
