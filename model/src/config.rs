@@ -181,10 +181,8 @@ impl GptOssConfig {
     /// # Errors
     /// [`ConfigError`], naming the file or the key.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
-        let json = serde_json::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.into(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let json = serde_json::from_str(&text).map_err(|source| ConfigError::Parse { path: path.into(), source })?;
         Self::from_json(json, path)
     }
 
@@ -248,7 +246,9 @@ impl GptOssConfig {
         expect("swiglu_limit", limit, positive(limit.into()), "above 0")?;
         let theta = self.rope.theta;
         expect("rope_theta", theta, theta.is_finite() && theta > 1.0, "above 1")?;
-        let Some(yarn) = &self.rope.yarn else { return Ok(()) };
+        let Some(yarn) = &self.rope.yarn else {
+            return Ok(());
+        };
         for (key, value) in [
             ("rope_scaling.factor", yarn.factor),
             ("rope_scaling.beta_fast", yarn.beta_fast),
@@ -261,12 +261,7 @@ impl GptOssConfig {
     }
 }
 
-fn expect(
-    key: &'static str,
-    found: impl std::fmt::Display,
-    holds: bool,
-    expected: &str,
-) -> Result<(), ConfigError> {
+fn expect(key: &'static str, found: impl std::fmt::Display, holds: bool, expected: &str) -> Result<(), ConfigError> {
     match holds {
         true => Ok(()),
         false => Err(ConfigError::Value { key, found: found.to_string(), expected: expected.into() }),
@@ -294,7 +289,9 @@ impl GenerationConfig {
         let path = folder.join("generation_config.json");
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self::default());
+            }
             Err(source) => return Err(ConfigError::Read { path, source }),
         };
         let raw: Raw = serde_json::from_str(&text).map_err(|source| ConfigError::Parse { path, source })?;
@@ -441,7 +438,9 @@ impl RawConfig {
     }
 
     fn quantization(&self, path: &Path) -> Result<Quantization, ConfigError> {
-        let Some(value) = &self.quantization_config else { return Ok(Quantization::None) };
+        let Some(value) = &self.quantization_config else {
+            return Ok(Quantization::None);
+        };
         let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("missing");
         match method {
             "mxfp4" => Ok(Quantization::Mxfp4),

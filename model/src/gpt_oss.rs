@@ -8,13 +8,7 @@ use burn::{
 use ternoss_backends::{FormatError, TernaryBackend};
 use ternoss_quant::TernaryConfig;
 
-use crate::{
-    cache::KvCache,
-    config::GptOssConfig,
-    layer::Layer,
-    rope::RotaryEmbedding,
-    table::Table,
-};
+use crate::{cache::KvCache, config::GptOssConfig, layer::Layer, rope::RotaryEmbedding, table::Table};
 
 /// A gpt-oss model: dense, ternary, or layer by layer either.
 ///

@@ -81,7 +81,9 @@ impl<B: TernaryBackend> GptOss<B> {
     /// # Errors
     /// [`TokenOutOfRange`]
     pub fn log_likelihoods(&self, tokens: &[u32]) -> Result<Vec<f32>, TokenOutOfRange> {
-        let Some((_, targets)) = tokens.split_first() else { return Ok(Vec::new()) };
+        let Some((_, targets)) = tokens.split_first() else {
+            return Ok(Vec::new());
+        };
         let ids = self.tokens(tokens)?;
         let device = ids.device();
         let hidden = self.hidden(ids, &mut self.new_cache());

@@ -79,13 +79,7 @@ impl<B: Backend> RotaryTables<B> {
         let second = x.slice_dim(2, half..2 * half);
         let cos = self.cos.clone().unsqueeze::<3>();
         let sin = self.sin.clone().unsqueeze::<3>();
-        Tensor::cat(
-            vec![
-                first.clone() * cos.clone() - second.clone() * sin.clone(),
-                second * cos + first * sin,
-            ],
-            2,
-        )
+        Tensor::cat(vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin], 2)
     }
 }
 

@@ -33,9 +33,6 @@ impl<B: Backend> Router<B> {
     pub fn forward(&self, x: Tensor<B, 2>) -> Routing<B> {
         let (values, indices) = self.logits(x).sort_descending_with_indices(1);
         let k = self.experts_per_token;
-        Routing {
-            indices: indices.slice_dim(1, 0..k),
-            weights: activation::softmax(values.slice_dim(1, 0..k), 1),
-        }
+        Routing { indices: indices.slice_dim(1, 0..k), weights: activation::softmax(values.slice_dim(1, 0..k), 1) }
     }
 }

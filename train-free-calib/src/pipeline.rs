@@ -175,11 +175,7 @@ impl<'a, B: Backend> Job<'a, B> {
     }
 
     /// All ternary matrices of a layer.
-    fn layer(
-        &mut self,
-        layer: usize,
-        sums: &mut LayerSums,
-    ) -> Result<Vec<(TernaryPath, PackedTernary)>, CalibError> {
+    fn layer(&mut self, layer: usize, sums: &mut LayerSums) -> Result<Vec<(TernaryPath, PackedTernary)>, CalibError> {
         let mut all = Vec::new();
         for linear in LinearName::ALL {
             let path = linear.path(layer);

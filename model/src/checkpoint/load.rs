@@ -52,11 +52,7 @@ impl<B: Backend> GptOss<B> {
     ///
     /// # Errors
     /// [`CheckpointError`], naming the file, the tensor, and what was expected.
-    pub fn load(
-        checkpoint: &Checkpoint,
-        options: LoadOptions,
-        device: &B::Device,
-    ) -> Result<Self, CheckpointError> {
+    pub fn load(checkpoint: &Checkpoint, options: LoadOptions, device: &B::Device) -> Result<Self, CheckpointError> {
         let config = checkpoint.config();
         let loader = Loader { checkpoint, device, experts_resident: experts_resident(checkpoint, options) };
         let table = |name: &str| {
@@ -98,10 +94,7 @@ impl<B: Backend> Layer<B> {
 
 fn experts_resident(checkpoint: &Checkpoint, options: LoadOptions) -> bool {
     let config = checkpoint.config();
-    let weights: usize = ExpertMatrix::ALL
-        .iter()
-        .map(|matrix| matrix.shape(config).iter().product::<usize>())
-        .sum();
+    let weights: usize = ExpertMatrix::ALL.iter().map(|matrix| matrix.shape(config).iter().product::<usize>()).sum();
     let bytes = weights
         .saturating_mul(config.num_local_experts)
         .saturating_mul(config.num_hidden_layers())
@@ -137,8 +130,7 @@ impl<B: Backend> Loader<'_, B> {
 
     fn attention(&self, layer: usize) -> Result<Attention<B>, CheckpointError> {
         let config = self.checkpoint.config();
-        let linear =
-            |name: LinearName| self.linear(&name.path(layer), name.shape(config), config.attention_bias);
+        let linear = |name: LinearName| self.linear(&name.path(layer), name.shape(config), config.attention_bias);
         Ok(Attention {
             q_proj: linear(LinearName::Q)?,
             k_proj: linear(LinearName::K)?,

@@ -124,8 +124,7 @@ impl Checkpoint {
 
     fn require(&self, name: &str) -> Result<&TensorEntry, CheckpointError> {
         let folder = &self.inner.folder;
-        self.entry(name)
-            .ok_or_else(|| CheckpointError::MissingTensor { folder: folder.clone(), tensor: name.into() })
+        self.entry(name).ok_or_else(|| CheckpointError::MissingTensor { folder: folder.clone(), tensor: name.into() })
     }
 
     fn file(&self, entry: &TensorEntry) -> (&Path, &MappedFile) {
@@ -153,10 +152,9 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let text =
-        std::fs::read_to_string(&index_path).map_err(|source| CheckpointError::io(&index_path, source))?;
-    let index: Index = serde_json::from_str(&text)
-        .map_err(|source| CheckpointError::Index { path: index_path.clone(), source })?;
+    let text = std::fs::read_to_string(&index_path).map_err(|source| CheckpointError::io(&index_path, source))?;
+    let index: Index =
+        serde_json::from_str(&text).map_err(|source| CheckpointError::Index { path: index_path.clone(), source })?;
     let mut shards: Vec<String> = index.weight_map.into_values().collect();
     shards.sort();
     shards.dedup();
@@ -173,11 +171,7 @@ fn shard_path(folder: &Path, index: &Path, shard: String) -> Result<PathBuf, Che
     }
 }
 
-fn read_header(
-    path: &Path,
-    map: &MappedFile,
-    file: usize,
-) -> Result<Vec<(String, TensorEntry)>, CheckpointError> {
+fn read_header(path: &Path, map: &MappedFile, file: usize) -> Result<Vec<(String, TensorEntry)>, CheckpointError> {
     let (header, metadata) = SafeTensors::read_metadata(map.as_slice())
         .map_err(|source| CheckpointError::Header { path: path.into(), source })?;
     let start = 8 + header;

@@ -134,12 +134,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`CheckpointError`] when a part is missing, of another shape, no float or MXFP4, or (MXFP4) decodes to infinity.
-    pub fn expert_rows(
-        &self,
-        layer: usize,
-        matrix: ExpertMatrix,
-        expert: usize,
-    ) -> Result<Vec<f32>, CheckpointError> {
+    pub fn expert_rows(&self, layer: usize, matrix: ExpertMatrix, expert: usize) -> Result<Vec<f32>, CheckpointError> {
         let [in_features, out_features] = matrix.shape(self.config());
         let path = matrix.path(layer);
         match self.expert_storage(layer, matrix)? {
@@ -172,11 +167,7 @@ impl Checkpoint {
         }
     }
 
-    pub(super) fn expert_storage(
-        &self,
-        layer: usize,
-        matrix: ExpertMatrix,
-    ) -> Result<ExpertStorage, CheckpointError> {
+    pub(super) fn expert_storage(&self, layer: usize, matrix: ExpertMatrix) -> Result<ExpertStorage, CheckpointError> {
         let path = matrix.path(layer);
         if self.entry(&format!("{path}.{CODES}")).is_some() {
             return Ok(ExpertStorage::Ternary);
@@ -196,7 +187,12 @@ impl Checkpoint {
         }
     }
 
-    fn float_expert(&self, path: &str, expert: usize, [rows, columns]: [usize; 2]) -> Result<Vec<f32>, CheckpointError> {
+    fn float_expert(
+        &self,
+        path: &str,
+        expert: usize,
+        [rows, columns]: [usize; 2],
+    ) -> Result<Vec<f32>, CheckpointError> {
         let experts = self.config().num_local_experts;
         let entry = self.expect_shape(path, &[experts, rows, columns])?;
         let bytes = nth(self.bytes(path)?, experts, expert);
@@ -298,8 +294,7 @@ impl Checkpoint {
     fn mapped(&self, name: &str, shape: Vec<usize>, dtype: DType) -> Result<TensorData, CheckpointError> {
         let entry = self.require(name)?;
         let (path, map) = self.file(entry);
-        map.tensor_data(entry.range.clone(), shape, dtype)
-            .map_err(|_| CheckpointError::Truncated { path: path.into() })
+        map.tensor_data(entry.range.clone(), shape, dtype).map_err(|_| CheckpointError::Truncated { path: path.into() })
     }
 
     /// Refuses a float tensor that holds NaN or infinity; other types pass.
@@ -310,7 +305,9 @@ impl Checkpoint {
         const BYTES_AT_ONCE: usize = 1 << 26;
         let dtype = self.require(name)?.dtype;
         for (chunk, bytes) in self.bytes(name)?.chunks(BYTES_AT_ONCE).enumerate() {
-            let Some(values) = widen(bytes, dtype) else { return Ok(()) };
+            let Some(values) = widen(bytes, dtype) else {
+                return Ok(());
+            };
             let first = chunk * values.len();
             self.expect_finite_from(name, &values, first)?;
         }

@@ -216,10 +216,8 @@ fn sync(path: &Path) -> Result<(), CheckpointError> {
 /// Whether a written file's header reads back as it was meant.
 fn verify(path: &Path, expected: &BTreeMap<String, (Dtype, Vec<usize>)>) -> Result<(), CheckpointError> {
     let map = MappedFile::open(path).map_err(|source| CheckpointError::io(path, source))?;
-    let found: BTreeMap<String, (Dtype, Vec<usize>)> = read_header(path, &map, 0)?
-        .into_iter()
-        .map(|(name, entry)| (name, (entry.dtype, entry.shape)))
-        .collect();
+    let found: BTreeMap<String, (Dtype, Vec<usize>)> =
+        read_header(path, &map, 0)?.into_iter().map(|(name, entry)| (name, (entry.dtype, entry.shape))).collect();
     match found == *expected {
         true => Ok(()),
         false => Err(CheckpointError::Verify { path: path.into(), reason: "its tensors differ".into() }),
