@@ -3,6 +3,8 @@
 //! The golden files come from Hugging Face transformers (see `tests/fixtures/PROVENANCE.md`); tolerances are the
 //! ones stated there.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod support;
 
 use burn::{
@@ -141,7 +143,7 @@ fn parts_of_a_layer<B: TernaryBackend>(name: &str) {
     let rope = RotaryEmbedding::new(&config.rope, config.head_dim).tables::<B>(0..40, &case.device);
     for number in 0..2 {
         let layer = &case.model.layers[number];
-        let attn_in = layer.input_layernorm.forward(case.tensor(&format!("seq40.hidden.{number}")));
+        let attn_in = layer.input_layernorm.forward(case.tensor::<2>(&format!("seq40.hidden.{number}")));
         case.close(&format!("seq40.attn_in.{number}"), attn_in, HIDDEN);
         let x = case.tensor::<2>(&format!("seq40.attn_in.{number}"));
         let attn_out = layer.self_attn.forward(x, &rope, &mut LayerCache::new(config.window(number)));
@@ -149,7 +151,7 @@ fn parts_of_a_layer<B: TernaryBackend>(name: &str) {
         let mlp_out = layer.mlp.forward(case.tensor(&format!("seq40.mlp_in.{number}")));
         case.close(&format!("seq40.mlp_out.{number}"), mlp_out, EXPERT);
     }
-    let normed = case.model.norm.forward(case.tensor("seq40.hidden.4"));
+    let normed = case.model.norm.forward(case.tensor::<2>("seq40.hidden.4"));
     case.close("seq40.final_norm", normed, HIDDEN);
 }
 

@@ -11,22 +11,22 @@ use std::{
 use safetensors::{Dtype, SafeTensors};
 
 /// A folder under `tests/fixtures`.
-pub fn fixture(name: &str) -> PathBuf {
+pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
 /// A folder under `examples`.
-pub fn example(name: &str) -> PathBuf {
+pub(crate) fn example(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name)
 }
 
 /// Runs the program.
-pub fn ternoss(args: &[&str]) -> Output {
+pub(crate) fn ternoss(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_ternoss")).args(args).output().expect("the program starts")
 }
 
 /// Runs the program, which must succeed, and returns what it printed.
-pub fn ternoss_ok(args: &[&str]) -> String {
+pub(crate) fn ternoss_ok(args: &[&str]) -> String {
     let output = ternoss(args);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "ternoss {args:?}: {stderr}");
@@ -34,7 +34,7 @@ pub fn ternoss_ok(args: &[&str]) -> String {
 }
 
 /// Runs the program, which must fail with exit code 1 and one line of error; returns that line and the hint, if any.
-pub fn ternoss_err(args: &[&str]) -> String {
+pub(crate) fn ternoss_err(args: &[&str]) -> String {
     let output = ternoss(args);
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "ternoss {args:?}: {stderr}");
@@ -45,7 +45,7 @@ pub fn ternoss_err(args: &[&str]) -> String {
 }
 
 /// Copies a model folder, so that a test may damage it.
-pub fn copy_folder(from: &Path, to: &Path) {
+pub(crate) fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -54,14 +54,14 @@ pub fn copy_folder(from: &Path, to: &Path) {
 }
 
 /// The tensors of a safetensors file, floats widened and integers as they are.
-pub struct Golden {
+pub(crate) struct Golden {
     floats: HashMap<String, (Vec<usize>, Vec<f32>)>,
     ints: HashMap<String, (Vec<usize>, Vec<i32>)>,
     bytes: HashMap<String, Vec<u8>>,
 }
 
 impl Golden {
-    pub fn open(path: &Path) -> Self {
+    pub(crate) fn open(path: &Path) -> Self {
         let contents = fs::read(path).unwrap();
         let file = SafeTensors::deserialize(&contents).unwrap();
         let mut golden = Self { floats: HashMap::new(), ints: HashMap::new(), bytes: HashMap::new() };
@@ -83,29 +83,29 @@ impl Golden {
         golden
     }
 
-    pub fn floats(&self, name: &str) -> &[f32] {
+    pub(crate) fn floats(&self, name: &str) -> &[f32] {
         &self.floats.get(name).unwrap_or_else(|| panic!("no {name}")).1
     }
 
-    pub fn shape(&self, name: &str) -> &[usize] {
+    pub(crate) fn shape(&self, name: &str) -> &[usize] {
         self.floats.get(name).map_or_else(|| &self.ints[name].0, |(shape, _)| shape).as_slice()
     }
 
-    pub fn ints(&self, name: &str) -> &[i32] {
+    pub(crate) fn ints(&self, name: &str) -> &[i32] {
         &self.ints.get(name).unwrap_or_else(|| panic!("no {name}")).1
     }
 
-    pub fn bytes(&self, name: &str) -> &[u8] {
+    pub(crate) fn bytes(&self, name: &str) -> &[u8] {
         &self.bytes[name]
     }
 
-    pub fn ids(&self, name: &str) -> Vec<u32> {
+    pub(crate) fn ids(&self, name: &str) -> Vec<u32> {
         self.ints(name).iter().map(|id| *id as u32).collect()
     }
 }
 
 /// Asserts that two slices agree within an absolute tolerance.
-pub fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
+pub(crate) fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
     assert_eq!(found.len(), expected.len(), "{what}: lengths");
     for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
         let close = (found - expected).abs() <= tolerance;

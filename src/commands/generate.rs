@@ -1,0 +1,179 @@
+//! `ternoss generate`
+
+use std::{
+    io::{self, Write},
+    ops::ControlFlow,
+    time::Instant,
+};
+
+use anyhow::{Result, bail};
+use clap::Args;
+use serde_json::json;
+use ternoss::model::{
+    Checkpoint, StopRules,
+    config::GenerationConfig,
+    sampling::{Sampler, SamplingConfig},
+    tokenizer::Tokenizer,
+};
+
+use super::{ModelArgs, token_ids, tokenizer};
+
+/// Continue a prompt
+#[derive(Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Text to continue
+    #[arg(long, required_unless_present = "tokens", conflicts_with = "tokens")]
+    prompt: Option<String>,
+    /// Token ids to continue, as 1,2,3: needs no tokenizer
+    #[arg(long, value_name = "IDS", value_parser = TokenIds::parse)]
+    tokens: Option<TokenIds>,
+    /// New tokens at most
+    #[arg(long, default_value_t = 128)]
+    max_tokens: usize,
+    /// Go on past the model's stop tokens
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print one JSON object with the new tokens, and their text where there is a tokenizer
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+/// Token ids given on the command line.
+#[derive(Clone)]
+struct TokenIds(Vec<u32>);
+
+impl TokenIds {
+    fn parse(text: &str) -> Result<Self, String> {
+        token_ids(text).map(Self)
+    }
+}
+
+/// How the next token is chosen.
+#[derive(Args)]
+pub(crate) struct SamplingArgs {
+    /// Always the likeliest token
+    #[arg(long)]
+    greedy: bool,
+    /// Flattens (above 1) or sharpens (below 1) the distribution
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f32,
+    /// Only the K likeliest tokens
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Only the likeliest tokens that together reach probability P
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Only tokens at least P times as likely as the likeliest
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Divides the logits of tokens that occurred already (1 is off)
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// The same seed gives the same text
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    fn config(&self) -> SamplingConfig {
+        SamplingConfig {
+            temperature: if self.greedy { 0.0 } else { self.temperature },
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+        }
+    }
+}
+
+pub(crate) fn run(args: GenerateArgs) -> Result<()> {
+    let mut sampler = Sampler::new(args.sampling.config())?;
+    let checkpoint = args.model.checkpoint()?;
+    let tokenizer = match args.tokens {
+        None => Some(tokenizer(&checkpoint)?),
+        // Ids need no tokenizer, but one that is there gives their text.
+        Some(_) => Tokenizer::from_folder(checkpoint.folder()).ok(),
+    };
+    let prompt = match (&args.prompt, &args.tokens, &tokenizer) {
+        (Some(text), _, Some(tokenizer)) => tokenizer.encode(text, true)?,
+        (_, Some(TokenIds(ids)), _) => ids.clone(),
+        _ => bail!("there is neither a prompt nor tokens"),
+    };
+    let model = args.model.load(&checkpoint)?;
+    let rules = StopRules { max_tokens: args.max_tokens, stop_tokens: stop_tokens(&checkpoint, args.ignore_eos)? };
+    let started = Instant::now();
+    let mut printer = Printer { stream: tokenizer.as_ref().map(Tokenizer::stream), quiet: args.json, error: None };
+    if let (Some(text), false) = (&args.prompt, args.json) {
+        printer.write(text);
+    }
+    let new = model.generate(&prompt, &mut model.new_cache(), &mut sampler, &rules, |token| printer.token(token))?;
+    printer.finish()?;
+    if args.json {
+        let mut object = json!({ "tokens": new });
+        if let Some(tokenizer) = &tokenizer {
+            object["text"] = json!(tokenizer.decode(&new, true)?);
+        }
+        println!("{object}");
+    }
+    let rate = (prompt.len() + new.len()) as f64 / started.elapsed().as_secs_f64();
+    tracing::info!("{} prompt tokens, {} new, {rate:.1} tokens/s", prompt.len(), new.len());
+    Ok(())
+}
+
+/// The tokens that end a text: those of `generation_config.json`, or of `config.json` where it names none.
+fn stop_tokens(checkpoint: &Checkpoint, ignore_eos: bool) -> Result<Vec<u32>> {
+    if ignore_eos {
+        return Ok(Vec::new());
+    }
+    let generation = GenerationConfig::from_folder(checkpoint.folder())?;
+    Ok(match generation.eos_token_id.is_empty() {
+        true => checkpoint.config().eos_token_id.clone(),
+        false => generation.eos_token_id,
+    })
+}
+
+/// Writes tokens to stdout as they come: as text, or as ids where there is no tokenizer.
+struct Printer<'a> {
+    stream: Option<ternoss::model::tokenizer::TextStream<'a>>,
+    quiet: bool,
+    error: Option<anyhow::Error>,
+}
+
+impl Printer<'_> {
+    fn token(&mut self, token: u32) -> ControlFlow<()> {
+        if self.quiet {
+            return ControlFlow::Continue(());
+        }
+        let text = match &mut self.stream {
+            Some(stream) => stream.push(token).map_err(anyhow::Error::from),
+            None => Ok(Some(format!("{token} "))),
+        };
+        match text {
+            Ok(Some(text)) => self.write(&text),
+            Ok(None) => {}
+            Err(error) => self.error = Some(error),
+        }
+        if self.error.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    fn write(&mut self, text: &str) {
+        let mut out = io::stdout().lock();
+        if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            self.error = Some(error.into());
+        }
+    }
+
+    fn finish(mut self) -> Result<()> {
+        if !self.quiet {
+            let rest = self.stream.take().map(|stream| stream.finish()).transpose()?.flatten();
+            self.write(&rest.unwrap_or_default());
+            self.write("\n");
+        }
+        self.error.map_or(Ok(()), Err)
+    }
+}

@@ -1,0 +1,156 @@
+//! `ternoss inspect`
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::json;
+use ternoss::{
+    backends::{CodeFormat, TernaryLayout},
+    calib::ternary_weights,
+    model::{
+        Checkpoint, GptOssConfig,
+        checkpoint::{ExpertMatrix, LinearName},
+        config::{LayerType, Quantization},
+    },
+};
+
+use super::{bytes, download::resolve_model};
+
+/// Show what a model folder holds, without loading it
+#[derive(Args)]
+pub(crate) struct InspectArgs {
+    /// Model folder, or hub id such as openai/gpt-oss-20b
+    #[arg(long, value_name = "DIR")]
+    model: String,
+    /// List every tensor
+    #[arg(long)]
+    tensors: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Tensors of one role.
+#[derive(Default)]
+struct Part {
+    tensors: usize,
+    bytes: usize,
+}
+
+/// Roles of tensors, in the order they are printed.
+const PARTS: [&str; 4] = ["attention", "experts", "embedding and output", "router, norms, biases, sinks"];
+
+pub(crate) fn run(args: InspectArgs) -> Result<()> {
+    let checkpoint = Checkpoint::open(&resolve_model(&args.model)?)?;
+    let mut parts: [Part; 4] = Default::default();
+    for (name, entry) in checkpoint.tensors() {
+        let part = &mut parts[part_of(name)];
+        part.tensors += 1;
+        part.bytes += entry.bytes();
+    }
+    if args.json {
+        print_json(&checkpoint, &parts);
+        return Ok(());
+    }
+    print_architecture(checkpoint.config());
+    println!();
+    println!("{:<30} {:>8} {:>12}", "part", "tensors", "size");
+    for (name, part) in PARTS.iter().zip(&parts) {
+        println!("{name:<30} {:>8} {:>12}", part.tensors, bytes(part.bytes));
+    }
+    println!("{:<30} {:>8} {:>12}", "total", "", bytes(parts.iter().map(|part| part.bytes).sum()));
+    println!();
+    print_ternary(&checkpoint);
+    if args.tensors {
+        println!();
+        for (name, entry) in checkpoint.tensors() {
+            println!("{name:<60} {:?} {:?} {}", entry.dtype, entry.shape, bytes(entry.bytes()));
+        }
+    }
+    Ok(())
+}
+
+fn part_of(name: &str) -> usize {
+    let weight = name.ends_with("_proj.weight") || name.contains("_proj.codes") || name.ends_with("_scales");
+    match name {
+        "model.embed_tokens.weight" | "lm_head.weight" => 2,
+        _ if name.contains(".self_attn.") && weight => 0,
+        _ if name.contains(".mlp.experts.") && !name.ends_with("_bias") => 1,
+        _ => 3,
+    }
+}
+
+fn print_architecture(config: &GptOssConfig) {
+    let sliding = config.layer_types.iter().filter(|kind| **kind == LayerType::SlidingAttention).count();
+    println!("gpt-oss, {} layers ({sliding} sliding over {})", config.num_hidden_layers(), config.sliding_window);
+    println!("hidden size {}, vocabulary {}", config.hidden_size, config.vocab_size);
+    println!(
+        "{} query heads on {} key-value heads of {}",
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    );
+    println!(
+        "{} experts of {} neurons, {} per token, SwiGLU limit {}",
+        config.num_local_experts, config.intermediate_size, config.experts_per_token, config.swiglu_limit
+    );
+    let stored = match &config.quantization {
+        Quantization::None => "plain floats".into(),
+        Quantization::Mxfp4 => "experts in MXFP4".into(),
+        Quantization::Ternary(t) => {
+            format!("ternary ({}, {}, {:.3} bits per weight)", t.method, t.format, t.bits_per_weight)
+        }
+    };
+    println!("stored as {stored}");
+}
+
+fn print_ternary(checkpoint: &Checkpoint) {
+    let weights = ternary_weights(checkpoint);
+    if let Quantization::Ternary(_) = checkpoint.config().quantization {
+        println!("{weights} weights are ternary");
+        return;
+    }
+    println!("{weights} weights would become ternary (groups of 64):");
+    for format in CodeFormat::ALL {
+        let (size, bits) = ternary_size(checkpoint, format);
+        println!("  {format}  {:>10}  {bits:.3} bits per weight", bytes(size));
+    }
+}
+
+/// Bytes and bits per weight of all ternary matrices in groups of 64.
+fn ternary_size(checkpoint: &Checkpoint, format: CodeFormat) -> (usize, f64) {
+    let config = checkpoint.config();
+    let size = |matrices: usize, [in_features, rows]: [usize; 2]| {
+        TernaryLayout { format, matrices, planes: 1, rows, in_features, group_size: Some(64) }.bytes()
+    };
+    let attention: usize = LinearName::ALL.iter().map(|linear| size(1, linear.shape(config))).sum();
+    let experts = ExpertMatrix::ALL.map(|matrix| size(config.num_local_experts, matrix.shape(config)));
+    let total = config.num_hidden_layers() * (attention + experts.iter().sum::<usize>());
+    (total, 8.0 * total as f64 / ternary_weights(checkpoint) as f64)
+}
+
+fn print_json(checkpoint: &Checkpoint, parts: &[Part]) {
+    let config = checkpoint.config();
+    let parts: serde_json::Map<_, _> = PARTS
+        .iter()
+        .zip(parts)
+        .map(|(name, part)| (name.to_string(), json!({ "tensors": part.tensors, "bytes": part.bytes })))
+        .collect();
+    let (ternary_bytes, bits_per_weight) = match &config.quantization {
+        Quantization::Ternary(ternary) => (None, ternary.bits_per_weight),
+        _ => {
+            let (size, bits) = ternary_size(checkpoint, CodeFormat::T2);
+            (Some(size), bits)
+        }
+    };
+    let object = json!({
+        "num_hidden_layers": config.num_hidden_layers(),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "num_local_experts": config.num_local_experts,
+        "experts_per_token": config.experts_per_token,
+        "parts": parts,
+        "ternary_weights": ternary_weights(checkpoint),
+        "ternary_bytes": ternary_bytes,
+        "bits_per_weight": bits_per_weight,
+    });
+    println!("{object:#}");
+}

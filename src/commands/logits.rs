@@ -1,0 +1,45 @@
+//! `ternoss logits`
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use safetensors::{Dtype, tensor::TensorView};
+
+use super::{ModelArgs, token_ids};
+
+/// Write the logits of every token of a sequence to a safetensors file
+///
+/// One float32 tensor `logits`, [tokens, vocabulary]. Dense linears compute in float32, ternary ones on 8-bit activations.
+#[derive(Args)]
+pub(crate) struct LogitsArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Token ids, as 1,2,3
+    #[arg(long, value_name = "IDS")]
+    tokens: String,
+    /// File to write
+    #[arg(long, value_name = "FILE.safetensors")]
+    output: PathBuf,
+}
+
+pub(crate) fn run(args: LogitsArgs) -> Result<()> {
+    let tokens = token_ids(&args.tokens).map_err(anyhow::Error::msg)?;
+    ensure!(!tokens.is_empty(), "there are no tokens: at least one is needed");
+    let checkpoint = args.model.checkpoint()?;
+    let model = args.model.load(&checkpoint)?;
+    let logits = model.forward(model.tokens(&tokens)?, &mut model.new_cache());
+    let shape = logits.dims().to_vec();
+    let bytes: Vec<u8> = logits.into_data().iter::<f32>().flat_map(f32::to_le_bytes).collect();
+    let view = TensorView::new(Dtype::F32, shape, &bytes)?;
+    let partial = args.output.with_extension("partial");
+    let failed = || args.output.display().to_string();
+    let written = safetensors::serialize_to_file([("logits", view)], None, &partial)
+        .map_err(anyhow::Error::from)
+        .and_then(|()| Ok(std::fs::rename(&partial, &args.output)?));
+    if written.is_err() {
+        // Half a file is of no use, and whether it can be removed changes nothing about the error.
+        let _ = std::fs::remove_file(&partial);
+    }
+    written.with_context(failed)
+}

@@ -1,0 +1,72 @@
+//! The program's commands: each file is one, with its arguments, its run function and its printing.
+
+pub(crate) mod demo;
+pub(crate) mod download;
+pub(crate) mod generate;
+pub(crate) mod inspect;
+pub(crate) mod logits;
+pub(crate) mod perplexity;
+pub(crate) mod quantize;
+pub(crate) mod synthesize;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use ternoss::{
+    Cpu,
+    model::{Checkpoint, ExpertPlacement, GptOss, LoadOptions, tokenizer::Tokenizer},
+};
+
+/// The device all commands compute on.
+type Device = burn::tensor::Device<Cpu>;
+
+/// Which model, and how it is held in memory.
+#[derive(Args)]
+pub(crate) struct ModelArgs {
+    /// Model folder, or hub id such as openai/gpt-oss-20b
+    #[arg(long, value_name = "DIR")]
+    model: String,
+    /// Decode full-precision experts whenever they are chosen instead of holding them in memory
+    #[arg(long)]
+    stream_experts: bool,
+}
+
+impl ModelArgs {
+    /// The model's folder, downloaded when it is a hub id.
+    fn folder(&self) -> Result<PathBuf> {
+        download::resolve_model(&self.model)
+    }
+
+    fn checkpoint(&self) -> Result<Checkpoint> {
+        Ok(Checkpoint::open(&self.folder()?)?)
+    }
+
+    fn load(&self, checkpoint: &Checkpoint) -> Result<GptOss<Cpu>> {
+        let experts = if self.stream_experts { ExpertPlacement::Streamed } else { ExpertPlacement::Auto };
+        Ok(GptOss::load(checkpoint, LoadOptions { experts }, &Device::default())?)
+    }
+}
+
+/// The tokenizer in a model's folder.
+fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    Tokenizer::from_folder(checkpoint.folder()).context("this command needs the model's tokenizer")
+}
+
+/// Parses `1,2,3`.
+fn token_ids(text: &str) -> Result<Vec<u32>, String> {
+    let parse = |part: &str| part.trim().parse().map_err(|_| format!("{part:?} is not a token id"));
+    match text.trim() {
+        "" => Ok(Vec::new()),
+        ids => ids.split(',').map(parse).collect(),
+    }
+}
+
+/// Bytes as people read them.
+fn bytes(count: usize) -> String {
+    match count as f64 {
+        n if n >= 1e9 => format!("{:.2} GB", n / 1e9),
+        n if n >= 1e6 => format!("{:.2} MB", n / 1e6),
+        n => format!("{:.1} kB", n / 1e3),
+    }
+}

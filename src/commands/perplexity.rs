@@ -1,0 +1,53 @@
+//! `ternoss perplexity`
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::json;
+
+use super::{ModelArgs, tokenizer};
+use crate::progress::{Progress, Unit};
+
+/// Measure perplexity on a text
+///
+/// The text is tokenized once, cut into windows that do not overlap, the tail is dropped; the result is exp of the mean
+/// cross-entropy over all predicted tokens.
+#[derive(Args)]
+pub(crate) struct PerplexityArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// UTF-8 text file
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Tokens per window
+    #[arg(long, default_value_t = 512)]
+    context: usize,
+    /// Only the first tokens of the text
+    #[arg(long)]
+    max_tokens: Option<usize>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: PerplexityArgs) -> Result<()> {
+    let checkpoint = args.model.checkpoint()?;
+    let tokenizer = tokenizer(&checkpoint)?;
+    let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
+    let mut tokens = tokenizer.encode(&text, true)?;
+    tokens.truncate(args.max_tokens.unwrap_or(usize::MAX));
+    let model = args.model.load(&checkpoint)?;
+    let whole = tokens.len() / args.context.max(1) * args.context;
+    let progress = Progress::new("perplexity", whole as u64, Unit::Count("tokens"));
+    let result = model.perplexity(&tokens, args.context, |_| progress.advance(args.context as u64))?;
+    drop(progress);
+    if args.json {
+        let (perplexity, tokens, windows) = (result.value(), result.tokens, result.windows);
+        println!("{}", json!({ "perplexity": perplexity, "tokens": tokens, "windows": windows }));
+    } else {
+        println!("perplexity {:.4}", result.value());
+        println!("{} tokens predicted in {} windows of {}", result.tokens, result.windows, args.context);
+    }
+    Ok(())
+}

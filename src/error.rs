@@ -1,0 +1,59 @@
+//! How the program tells of an error: one line, a hint where one helps, exit code 1.
+
+use std::{io, process::ExitCode};
+
+use ternoss::calib::CalibError;
+use ternoss::hub::HubError;
+use ternoss::model::CheckpointError;
+
+/// Prints an error and its hint to stderr. A reader that went away (`ternoss generate | head`) is no error.
+pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
+    let kind = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
+    if kind == Some(io::ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("error: {}", line(error));
+    if let Some(hint) = hint(error) {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::FAILURE
+}
+
+/// The chain of causes in one line; a cause whose text its predecessor repeats is left out.
+fn line(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text.replace('\n', " ")
+}
+
+fn hint(error: &anyhow::Error) -> Option<&'static str> {
+    if let Some(hub) = error.chain().find_map(|cause| cause.downcast_ref::<HubError>()) {
+        return hub.hint();
+    }
+    let checkpoint = error.chain().find_map(|cause| {
+        let inner = cause.downcast_ref::<CalibError>().and_then(|calib| match calib {
+            CalibError::Checkpoint(inner) => Some(inner),
+            _ => None,
+        });
+        inner.or_else(|| cause.downcast_ref::<CheckpointError>())
+    });
+    match checkpoint? {
+        CheckpointError::OutputExists { .. } => Some("pass --overwrite to replace it"),
+        CheckpointError::MissingShard { .. } | CheckpointError::Truncated { .. } | CheckpointError::Header { .. } => {
+            Some("the download may be incomplete: `ternoss download` continues it")
+        }
+        CheckpointError::Io { source, .. } => match source.kind() {
+            io::ErrorKind::StorageFull => Some("free some space; nothing half-written was left behind"),
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                Some("choose an output folder you may write to")
+            }
+            _ => None,
+        },
+        _ => None,
+    }
+}
