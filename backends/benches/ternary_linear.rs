@@ -46,7 +46,7 @@ struct Weights {
 
 impl Weights {
     fn new(format: CodeFormat, rows: usize, in_features: usize, group_size: Option<usize>) -> Self {
-        let layout = TernaryLayout { format, matrices: 1, planes: 1, rows, in_features, group_size };
+        let layout = TernaryLayout { format, matrices: 1, planes: 1, rows, in_features, group_size, rotation: None };
         let mut noise = Noise(1);
         let words = layout.words_per_row();
         let mut codes = vec![0; rows * words];
@@ -75,7 +75,7 @@ fn ternary(c: &mut Criterion) {
         let matrix = weights.view().matrix(0).expect("one matrix");
         for batch in [1, 2, 4, 8, 64] {
             let kernels = Kernels::detect();
-            let tokens = Tokens::quantize(kernels, &Noise(2).floats(batch * in_features), in_features);
+            let tokens = Tokens::quantize(kernels, &Noise(2).floats(batch * in_features), in_features, None);
             let mut out = vec![0.0; batch * rows];
             group.throughput(Throughput::Elements((rows * in_features * batch) as u64));
             group.bench_function(format!("{name}/{}/batch-{batch}", kernels.isa()), |bench| {
@@ -86,7 +86,8 @@ fn ternary(c: &mut Criterion) {
     let kernels = Kernels::detect();
     let x = Noise(3).floats(in_features);
     group.throughput(Throughput::Elements(in_features as u64));
-    group.bench_function("quantize", |bench| bench.iter(|| Tokens::quantize(kernels, black_box(&x), in_features)));
+    group
+        .bench_function("quantize", |bench| bench.iter(|| Tokens::quantize(kernels, black_box(&x), in_features, None)));
     group.finish();
 }
 
@@ -99,7 +100,7 @@ fn from_memory(c: &mut Criterion) {
         let weights = Weights::new(CodeFormat::T2, rows, in_features, group_size);
         let matrix = weights.view().matrix(0).expect("one matrix");
         let kernels = Kernels::detect();
-        let tokens = Tokens::quantize(kernels, &Noise(2).floats(in_features), in_features);
+        let tokens = Tokens::quantize(kernels, &Noise(2).floats(in_features), in_features, None);
         let mut out = vec![0.0; rows];
         group.throughput(Throughput::Elements((rows * in_features) as u64));
         group.bench_function(format!("{name}/{}/batch-1", kernels.isa()), |bench| {

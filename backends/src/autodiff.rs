@@ -74,7 +74,12 @@ impl<B: TernaryBackend> Backward<B, 2> for TernaryLinear {
         }
         if let Some(node) = x_node {
             // The rounding of the activations counts as the identity.
-            grads.register::<B>(node.id, unwrap(grad.matmul(weight.to_dense(matrix))));
+            let grad = grad.matmul(weight.to_dense(matrix));
+            let grad = match weight.layout.rotation {
+                Some(rotation) => reference::rotate_back(grad, rotation),
+                None => grad,
+            };
+            grads.register::<B>(node.id, unwrap(grad));
         }
     }
 }

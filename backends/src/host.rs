@@ -74,7 +74,7 @@ pub(crate) fn ternary_linear<B: HostBackend>(
     let result = WeightParts::new(weight).with(|view| {
         let missing = FormatError::Length { what: "matrices", expected: matrix + 1, found: weight.layout.matrices };
         let matrix = view.matrix(matrix).ok_or(missing)?;
-        let x = Tokens::quantize(kernels, &B::floats(&x), in_features);
+        let x = Tokens::quantize(kernels, &B::floats(&x), in_features, weight.layout.rotation);
         linear::ternary_linear(kernels, &matrix, &x, &mut out)
     });
     finish(result, out, [tokens, rows], &device)

@@ -29,7 +29,7 @@ mod ndarray;
 pub mod ops;
 pub mod reference;
 
-pub use format::{BLOCK, CodeFormat, FormatError, TernaryLayout, TernaryWeight};
+pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 pub use mapped::{MappedError, MappedFile};
 pub use ops::{
     AttentionSpec, ClampedSwiGlu, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts, sink_attention,

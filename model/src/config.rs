@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use ternoss_backends::CodeFormat;
+use ternoss_backends::{CodeFormat, Rotation};
 
 /// Sharpness of the gate's sigmoid in gpt-oss's SwiGLU; a constant of the architecture, not in `config.json`.
 pub const SWIGLU_ALPHA: f32 = 1.702;
@@ -163,6 +163,9 @@ pub struct TernaryQuantization {
     pub group_size: Option<usize>,
     /// Trit planes a weight is the sum of.
     pub planes: usize,
+    /// Rotation of every ternary layer's input; null for none.
+    #[serde(default)]
+    pub rotation: Option<Rotation>,
     /// Bits of an activation at a ternary layer's input.
     pub activation_bits: u32,
     /// All bytes of codes and scales over the number of ternary weights.

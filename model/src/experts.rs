@@ -5,7 +5,11 @@ use burn::{
     nn,
     tensor::{IndexingUpdateOp, Int, Tensor, TensorData, backend::Backend},
 };
-use ternoss_backends::{ClampedSwiGlu, FormatError, TernaryBackend, reference::clamped_swiglu, ternary_experts};
+use ternoss_backends::{
+    ClampedSwiGlu, FormatError, TernaryBackend,
+    reference::{clamped_swiglu, rotate},
+    ternary_experts,
+};
 use ternoss_quant::{PackedTernary, TernaryConfig, TernaryTensor, absmean};
 
 use crate::{
@@ -194,8 +198,12 @@ impl<B: Backend> Experts<B> {
 }
 
 fn pack<B: Backend>(linear: &nn::Linear<B>, config: &TernaryConfig) -> Result<PackedTernary, FormatError> {
-    let weight = linear.weight.val().detach().transpose();
-    PackedTernary::pack(&[absmean(weight, config.granularity)], config.format)
+    let weight = linear.weight.val().transpose().detach();
+    let weight = match config.rotation {
+        Some(rotation) => rotate(weight, rotation),
+        None => weight,
+    };
+    PackedTernary::pack(&[absmean(weight, config.granularity)], config.format, config.rotation)
 }
 
 fn bias<B: Backend>(linear: &nn::Linear<B>) -> Tensor<B, 1> {

@@ -6,7 +6,7 @@ use burn::{
     nn,
     tensor::{Tensor, backend::Backend},
 };
-use ternoss_backends::{FormatError, TernaryBackend, ternary_linear};
+use ternoss_backends::{FormatError, TernaryBackend, reference::rotate, ternary_linear};
 
 use crate::{PackedTernary, TernaryConfig, TernaryTensor, absmax, absmean};
 
@@ -35,7 +35,7 @@ pub enum BitWeight<B: Backend> {
 /// A float weight and the way it becomes ternary.
 #[derive(Module, Debug)]
 pub struct LatentWeight<B: Backend> {
-    /// `[out_features, in_features]`
+    /// `[out_features, in_features]`, of the rotated input where the configuration has a rotation.
     pub weight: Param<Tensor<B, 2>>,
     config: TernaryConfig,
 }
@@ -78,6 +78,10 @@ impl<B: Backend> BitLinear<B> {
     pub fn from_linear(linear: &nn::Linear<B>, config: &TernaryConfig) -> Self {
         // Detached last: a view of a parameter would be no leaf of the gradients' graph.
         let weight = linear.weight.val().transpose().detach();
+        let weight = match config.rotation {
+            Some(rotation) => rotate(weight, rotation),
+            None => weight,
+        };
         Self {
             weight: BitWeight::Latent(LatentWeight { weight: Param::from_tensor(weight), config: *config }),
             // A parameter that was never used draws its random values anew in every clone.
@@ -111,7 +115,7 @@ impl<B: Backend> BitLinear<B> {
         };
         let weight = latent.weight.val().detach();
         let parts = absmean(weight.clone(), latent.config.granularity);
-        let packed = PackedTernary::pack(&[parts], latent.config.format)?;
+        let packed = PackedTernary::pack(&[parts], latent.config.format, latent.config.rotation)?;
         let packed = TernaryTensor::from_packed(packed, &weight.device())?;
         Ok(Self { weight: BitWeight::Packed(packed), bias: self.bias })
     }
@@ -123,6 +127,15 @@ impl<B: TernaryBackend> BitLinear<B> {
         let y = match &self.weight {
             BitWeight::Latent(latent) => {
                 let weight = latent.fake_quantize().transpose();
+                let x = match latent.config.rotation {
+                    Some(rotation) => {
+                        let shape = x.dims();
+                        let in_features = shape[D - 1];
+                        let tokens = shape.iter().product::<usize>() / in_features;
+                        rotate(x.reshape([tokens, in_features]), rotation).reshape(shape)
+                    }
+                    None => x,
+                };
                 absmax::fake_quantize(x).matmul(weight.unsqueeze())
             }
             BitWeight::Packed(packed) => ternary_linear(x, &packed.weight(), 0),

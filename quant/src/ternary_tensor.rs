@@ -6,7 +6,7 @@ use burn::{
 };
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use ternoss_backends::{CodeFormat, FormatError, TernaryLayout, TernaryWeight};
+use ternoss_backends::{CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 
 use crate::{Granularity, TernaryParts};
 
@@ -17,12 +17,14 @@ pub struct TernaryConfig {
     pub granularity: Granularity,
     /// How the trits are packed.
     pub format: CodeFormat,
+    /// How the input is rotated before it is rounded, and the weights with it.
+    pub rotation: Option<Rotation>,
 }
 
 impl Default for TernaryConfig {
-    /// Groups of 64 inputs, 2-bit codes.
+    /// Groups of 64 inputs, 2-bit codes, no rotation.
     fn default() -> Self {
-        Self { granularity: Granularity::Group(64), format: CodeFormat::T2 }
+        Self { granularity: Granularity::Group(64), format: CodeFormat::T2, rotation: None }
     }
 }
 
@@ -40,15 +42,20 @@ pub struct PackedTernary {
 }
 
 impl PackedTernary {
-    /// Packs one matrix, given as one or more planes.
+    /// Packs one matrix, given as one or more planes; `rotation` says which rotation of the input they are meant for.
     ///
     /// # Errors
     /// [`FormatError`] when there is no plane, the planes differ in shape, or the layout is not a valid one.
-    pub fn pack<B: Backend>(planes: &[TernaryParts<B>], format: CodeFormat) -> Result<Self, FormatError> {
+    pub fn pack<B: Backend>(
+        planes: &[TernaryParts<B>],
+        format: CodeFormat,
+        rotation: Option<Rotation>,
+    ) -> Result<Self, FormatError> {
         let first = planes.first().ok_or(FormatError::Empty { what: "planes" })?;
         let [rows, in_features] = first.trits.dims();
         let group_size = first.group_size;
-        let layout = TernaryLayout { format, matrices: 1, planes: planes.len(), rows, in_features, group_size };
+        let layout =
+            TernaryLayout { format, matrices: 1, planes: planes.len(), rows, in_features, group_size, rotation };
         layout.validate()?;
         let mut packed = Self { layout, codes: Vec::new(), row_scales: Vec::new(), group_scales: Vec::new() };
         for plane in planes {

@@ -8,11 +8,13 @@ use burn::{
     tensor::{Tensor, TensorData, backend::Backend},
 };
 use proptest::prelude::*;
-use ternoss_backends::{CodeFormat, TernaryBackend};
+use ternoss_backends::{CodeFormat, Rotation, TernaryBackend, reference::rotate};
 use ternoss_quant::{BitLinear, BitWeight, Granularity, Linear, TernaryConfig, absmax, absmean};
 
 type Flex = burn_flex::Flex;
 type NdArray = burn_ndarray::NdArray;
+
+const ROTATION: Option<Rotation> = Some(Rotation { seed: 9 });
 
 const GRANULARITIES: [Granularity; 4] =
     [Granularity::Tensor, Granularity::Row, Granularity::Group(64), Granularity::Group(192)];
@@ -124,14 +126,20 @@ fn the_weight_distribution_is_preserved() {
 fn naive(
     x: &[f32],
     layer: &nn::Linear<Flex>,
-    granularity: Granularity,
+    config: &TernaryConfig,
     [tokens, inputs, outputs]: [usize; 3],
 ) -> Vec<f64> {
+    let TernaryConfig { granularity, rotation, .. } = *config;
     let weight = layer.weight.val().transpose();
+    let weight = rotation.map_or(weight.clone(), |rotation| rotate(weight, rotation));
     let ternary = host(absmean(weight, granularity).to_dense());
     let bias = layer.bias.as_ref().map(|bias| host(bias.val()));
     let mut y = Vec::new();
     for token in x.chunks(inputs).take(tokens) {
+        let mut token = token.to_vec();
+        if let Some(rotation) = rotation {
+            rotation.rotate(&mut token);
+        }
         let scale = token.iter().fold(0f32, |max, value| max.max(value.abs())) / 127.0;
         let quantized = |value: f32| match scale {
             0.0 => 0.0,
@@ -149,8 +157,8 @@ fn naive(
 fn equals_the_naive_loop<B: TernaryBackend>() {
     for [tokens, inputs, outputs] in [[1, 64, 8], [3, 130, 5], [5, 2880, 4], [2, 1, 1]] {
         for granularity in GRANULARITIES {
-            for format in [CodeFormat::T2, CodeFormat::T5] {
-                let config = TernaryConfig { granularity, format };
+            for (format, rotation) in [(CodeFormat::T2, None), (CodeFormat::T5, None), (CodeFormat::T2, ROTATION)] {
+                let config = TernaryConfig { granularity, format, rotation };
                 let device = Default::default();
                 let layer = LinearConfig::new(inputs, outputs).init::<Flex>(&device);
                 let on_backend = nn::Linear {
@@ -164,7 +172,7 @@ fn equals_the_naive_loop<B: TernaryBackend>() {
                 let latent = BitLinear::<B>::from_linear(&on_backend, &config);
                 let packed = latent.clone().pack().unwrap();
                 assert!(matches!(packed.weight, BitWeight::Packed(_)));
-                let expected = naive(&host(x.clone()), &layer, granularity, [tokens, inputs, outputs]);
+                let expected = naive(&host(x.clone()), &layer, &config, [tokens, inputs, outputs]);
                 let size = expected.iter().fold(0f64, |max, value| max.max(value.abs()));
                 for y in [host(latent.forward(x.clone())), host(packed.forward(x))] {
                     for (found, expected) in y.iter().zip(&expected) {
@@ -195,7 +203,7 @@ fn both_modes_equal_the_naive_loop_under_autodiff() {
 #[test]
 fn latent_and_packed_have_equal_codes() {
     for granularity in GRANULARITIES {
-        let config = TernaryConfig { granularity, format: CodeFormat::T2 };
+        let config = TernaryConfig { granularity, format: CodeFormat::T2, rotation: None };
         let dense = LinearConfig::new(200, 6).init::<Flex>(&Default::default());
         let latent = BitLinear::from_linear(&dense, &config);
         let BitWeight::Latent(weight) = &latent.weight else { panic!("latent") };
@@ -283,7 +291,7 @@ fn a_linear_becomes_ternary_in_one_call() {
     let ternary = dense.to_ternary(&TernaryConfig::default()).unwrap();
     assert!(matches!(ternary, Linear::Ternary(_)));
     assert_eq!(ternary.shape(), dense.shape());
-    let bad = TernaryConfig { granularity: Granularity::Group(63), format: CodeFormat::T2 };
+    let bad = TernaryConfig { granularity: Granularity::Group(63), ..TernaryConfig::default() };
     assert!(dense.to_ternary(&bad).unwrap_err().to_string().contains("multiples of 64"));
 }
 

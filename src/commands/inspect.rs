@@ -118,7 +118,7 @@ fn print_ternary(checkpoint: &Checkpoint) {
 fn ternary_size(checkpoint: &Checkpoint, format: CodeFormat) -> (usize, f64) {
     let config = checkpoint.config();
     let size = |matrices: usize, [in_features, rows]: [usize; 2]| {
-        TernaryLayout { format, matrices, planes: 1, rows, in_features, group_size: Some(64) }.bytes()
+        TernaryLayout { format, matrices, planes: 1, rows, in_features, group_size: Some(64), rotation: None }.bytes()
     };
     let attention: usize = LinearName::ALL.iter().map(|linear| size(1, linear.shape(config))).sum();
     let experts = ExpertMatrix::ALL.map(|matrix| size(config.num_local_experts, matrix.shape(config)));

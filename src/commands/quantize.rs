@@ -56,7 +56,7 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
     let options = QuantizeOptions {
         method: args.method,
-        ternary: TernaryConfig { granularity: args.group_size, format: args.format },
+        ternary: TernaryConfig { granularity: args.group_size, format: args.format, rotation: None },
         overwrite: args.overwrite,
     };
     let progress = Progress::new("quantize", ternary_weights(&checkpoint) as u64, Unit::Count("weights"));

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use ternoss::{
-    backends::{CodeFormat, TernaryLayout},
+    backends::{CodeFormat, Rotation, TernaryLayout},
     model::{
         GptOssConfig,
         checkpoint::{ExpertMatrix, FolderWriter, LinearName, OutputTensor, TernaryPath},
@@ -66,6 +66,8 @@ enum Storage {
 
 /// Inputs per scale of the ternary format.
 const GROUP_SIZE: usize = 64;
+/// Rotation of the ternary format.
+const ROTATION: Rotation = Rotation { seed: 0 };
 
 pub(crate) fn run(args: SynthesizeArgs) -> Result<()> {
     let mut json = architecture(args.shape);
@@ -152,6 +154,7 @@ fn quantization(args: &SynthesizeArgs, bits_per_weight: f64) -> Option<Value> {
             method: "random".into(),
             format: args.code_format,
             group_size: Some(GROUP_SIZE),
+            rotation: Some(ROTATION),
             planes: 1,
             activation_bits: 8,
             bits_per_weight,
@@ -261,7 +264,15 @@ impl Random<'_> {
         [in_features, rows]: [usize; 2],
         format: CodeFormat,
     ) -> Result<PackedTernary> {
-        let layout = TernaryLayout { format, matrices, planes: 1, rows, in_features, group_size: Some(GROUP_SIZE) };
+        let layout = TernaryLayout {
+            format,
+            matrices,
+            planes: 1,
+            rows,
+            in_features,
+            group_size: Some(GROUP_SIZE),
+            rotation: Some(ROTATION),
+        };
         layout.validate()?;
         let words = layout.words_per_row();
         let mut codes = vec![0u32; matrices * rows * words];

@@ -130,6 +130,7 @@ pub fn quantize<B: Backend>(
         method: options.method.to_string(),
         format: options.ternary.format,
         group_size: options.ternary.granularity.group_size(),
+        rotation: options.ternary.rotation,
         planes: 1,
         activation_bits: 8,
         bits_per_weight: report.bits_per_weight,
@@ -170,6 +171,7 @@ impl<'a, B: Backend> Job<'a, B> {
             rows: 1,
             in_features: self.checkpoint.config().hidden_size,
             group_size: self.options.ternary.granularity.group_size(),
+            rotation: self.options.ternary.rotation,
         }
         .validate()
     }
@@ -225,7 +227,11 @@ impl<'a, B: Backend> Job<'a, B> {
         self.checkpoint.expect_finite(name, &weight)?;
         let weight = Tensor::<B, 2>::from_data(TensorData::new(weight, [rows, in_features]), self.device);
         let parts = self.options.method.ternarize(weight.clone(), self.options.ternary.granularity);
-        let packed = PackedTernary::pack(std::slice::from_ref(&parts), self.options.ternary.format)?;
+        let packed = PackedTernary::pack(
+            std::slice::from_ref(&parts),
+            self.options.ternary.format,
+            self.options.ternary.rotation,
+        )?;
         let error = (weight.clone() - parts.to_dense()).square();
         let sums = LayerSums {
             squared_error: sum(error),

@@ -79,7 +79,7 @@ pub fn ternary_experts(
     check("weights of the choices", chosen.len(), weights.len())?;
     let k = chosen.len().checked_div(tokens).unwrap_or(0);
     check("choices", tokens * k, chosen.len())?;
-    let inputs = Tokens::quantize(kernels, x, hidden);
+    let inputs = Tokens::quantize(kernels, x, hidden, experts.gate_up.layout().rotation);
     let mut outputs = vec![f32::NAN; chosen.len() * hidden];
     for wave in waves(visits(chosen, experts.count())) {
         run_wave(kernels, experts, &inputs, k, &wave, &mut outputs);
@@ -133,7 +133,7 @@ fn run_wave(kernels: Kernels, experts: &Experts<'_>, inputs: &Tokens, k: usize, 
     let pairs = gate_up.chunks_exact(upper.rows).zip(hidden.chunks_exact_mut(lower.in_features));
     tasks::run(pairs.collect(), parallel, |(gate_up, out)| kernels.swiglu(experts.activation, gate_up, out));
     drop(gate_up);
-    let hidden = Tokens::quantize(kernels, &hidden, lower.in_features);
+    let hidden = Tokens::quantize(kernels, &hidden, lower.in_features, lower.rotation);
 
     let mut down = vec![0.0; choices * lower.rows];
     let mut next = 0..choices;

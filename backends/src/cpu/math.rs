@@ -4,7 +4,7 @@
 
 use super::tokens::{PAIR, Pair};
 use crate::{
-    format::{BLOCK, T2_BLOCK_BYTES},
+    format::{BLOCK, Rotation, T2_BLOCK_BYTES},
     ops::ClampedSwiGlu,
 };
 
@@ -15,9 +15,13 @@ const INFINITY_BITS: u32 = 0x7f80_0000;
 /// Largest int8 activation.
 const QMAX: f32 = 127.0;
 
-/// One token to int8 (see [`tokens`](super::tokens)): fills pairs and block sums, returns the scale.
+/// One token to int8 (see [`tokens`](super::tokens)), rotated first where there is a rotation: fills pairs and block sums,
+/// returns the scale. `x` holds no meaning afterwards.
 #[inline(always)]
-pub(super) fn quantize(x: &[f32], pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+    if let Some(rotation) = rotation {
+        rotation.rotate(x);
+    }
     // Floats without sign are ordered like their bits, and everything that is not finite comes last.
     let largest = x.iter().fold(0u32, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
     let scale = f32::from_bits(largest) / QMAX;

@@ -26,7 +26,10 @@ use std::fmt;
 
 pub use view::{TernaryMatrices, TernaryRows};
 
-use crate::ops::{ClampedSwiGlu, StoredFloat};
+use crate::{
+    format::Rotation,
+    ops::{ClampedSwiGlu, StoredFloat},
+};
 use linear::T2Rows;
 use tokens::{Pair, Token};
 
@@ -129,8 +132,8 @@ impl Kernels {
     }
 
     /// One token to int8: see [`tokens`].
-    fn quantize(self, x: &[f32], pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
-        dispatch!(self, quantize(x, pairs, block_sums))
+    fn quantize(self, x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+        dispatch!(self, quantize(x, rotation, pairs, block_sums))
     }
 
     /// The gate over one token: `gate_up` holds gate and up in turn and is twice as long as `out`.

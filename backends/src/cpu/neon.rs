@@ -13,7 +13,7 @@ use super::{
     tokens::{Pair, Token},
 };
 use crate::{
-    format::T2_BLOCK_BYTES,
+    format::{Rotation, T2_BLOCK_BYTES},
     ops::{ClampedSwiGlu, StoredFloat},
 };
 
@@ -118,8 +118,8 @@ pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
 }
 
 #[target_feature(enable = "neon")]
-pub(super) fn quantize(x: &[f32], pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
-    math::quantize(x, pairs, block_sums)
+pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+    math::quantize(x, rotation, pairs, block_sums)
 }
 
 #[target_feature(enable = "neon")]

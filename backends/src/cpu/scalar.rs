@@ -6,7 +6,10 @@ use super::{
     stored::LANES,
     tokens::{Pair, Token},
 };
-use crate::ops::{ClampedSwiGlu, StoredFloat};
+use crate::{
+    format::Rotation,
+    ops::{ClampedSwiGlu, StoredFloat},
+};
 
 pub(super) fn t2_totals(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
     for (row, totals) in totals.chunks_exact_mut(tokens.len().max(1)).enumerate() {
@@ -40,8 +43,8 @@ pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
     math::t5_to_t2(t5, in_features, t2);
 }
 
-pub(super) fn quantize(x: &[f32], pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
-    math::quantize(x, pairs, block_sums)
+pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+    math::quantize(x, rotation, pairs, block_sums)
 }
 
 pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {

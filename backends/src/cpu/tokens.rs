@@ -11,7 +11,7 @@
 use rayon::prelude::*;
 
 use super::Kernels;
-use crate::format::BLOCK;
+use crate::format::{BLOCK, Rotation};
 
 /// Activations in a pair of blocks.
 pub(super) const PAIR: usize = 2 * BLOCK;
@@ -61,7 +61,7 @@ struct Work<'a> {
 impl Tokens {
     /// Rounds tokens of `in_features` values each, given one after the other. A rest that is no whole token is left out.
     #[must_use]
-    pub fn quantize(kernels: Kernels, x: &[f32], in_features: usize) -> Self {
+    pub fn quantize(kernels: Kernels, x: &[f32], in_features: usize, rotation: Option<Rotation>) -> Self {
         let tokens = x.len().checked_div(in_features).unwrap_or(0);
         let mut this = Self {
             in_features,
@@ -77,11 +77,16 @@ impl Tokens {
             this.pairs.chunks_exact_mut(pairs(in_features)).zip(this.block_sums.chunks_exact_mut(sums(in_features)));
         let work = x.chunks_exact(in_features).zip(parts).zip(scales);
         let mut work: Vec<Work<'_>> = work.map(|((x, (pairs, sums)), scale)| Work { x, pairs, sums, scale }).collect();
-        let quantize = |work: &mut Work<'_>| *work.scale = kernels.quantize(work.x, work.pairs, work.sums);
+        let quantize = |scratch: &mut Vec<f32>, work: &mut Work<'_>| {
+            scratch.clear();
+            scratch.extend_from_slice(work.x);
+            *work.scale = kernels.quantize(scratch, rotation, work.pairs, work.sums);
+        };
         if x.len() < PARALLEL_ELEMENTS || rayon::current_num_threads() == 1 {
-            work.iter_mut().for_each(quantize);
+            let mut scratch = Vec::with_capacity(in_features);
+            work.iter_mut().for_each(|work| quantize(&mut scratch, work));
         } else {
-            work.par_iter_mut().for_each(quantize);
+            work.par_iter_mut().for_each_init(Vec::new, quantize);
         }
         this
     }

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use super::{BLOCK, CodeFormat, FormatError};
+use super::{BLOCK, CodeFormat, FormatError, Rotation};
 
 /// The longest row whose dot product with int8 activations is exact in an `i32` whatever the scales:
 /// 255 (group scale) * 127 (activation) * 65,536 < 2^31.
@@ -21,6 +21,8 @@ pub struct TernaryLayout {
     pub in_features: usize,
     /// Inputs that share a `u8` scale, a multiple of [`BLOCK`]; `None` if rows have only their `f32` scale.
     pub group_size: Option<usize>,
+    /// How the input is rotated before it is rounded to int8, if it is.
+    pub rotation: Option<Rotation>,
 }
 
 impl TernaryLayout {

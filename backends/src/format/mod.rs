@@ -31,16 +31,19 @@
 //! ```
 //!
 //! with an `f32` for each row and, only where the tensor has groups, a `u8` for each group of `group_size` inputs.
-//! So the dot product of a row with int8 activations is an exact integer, times one float.
+//! So the dot product of a row with int8 activations is an exact integer, times one float. The activations may be rotated
+//! before they are rounded ([`Rotation`]); the weights are then those of the rotated input.
 
 mod codes;
 mod error;
 mod layout;
+mod rotation;
 mod weight;
 
 pub use codes::CodeFormat;
 pub use error::FormatError;
 pub use layout::{MAX_IN_FEATURES, TernaryLayout};
+pub use rotation::Rotation;
 pub use weight::TernaryWeight;
 pub(crate) use weight::{check_dtype, check_shape};
 

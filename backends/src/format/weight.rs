@@ -56,7 +56,8 @@ impl<B: Backend> TernaryWeight<B> {
         Ok(Self { codes, row_scales, group_scales, layout })
     }
 
-    /// One matrix as floats: `[rows, in_features]`, differentiable in the row scales.
+    /// One matrix as floats: `[rows, in_features]`, differentiable in the row scales; of the rotated input where the
+    /// layout has a rotation.
     ///
     /// Reads the codes of that matrix on the host; an invalid code reads as trit 0.
     ///

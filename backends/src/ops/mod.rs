@@ -73,7 +73,8 @@ pub trait TernaryBackend: Backend {
 /// A ternary linear layer without bias: `x [.., in_features]` times matrix `matrix` of `weight`, `[.., rows]`.
 ///
 /// Each token (a vector of `in_features`) is rounded to int8 with one scale, as in BitNet b1.58 (Ma et al. 2024):
-/// `s = max|x| / 127`, `q = clamp(round(x / s), -127, 127)` with halves to even, all zeros if `s` is zero. Then
+/// `s = max|x| / 127`, `q = clamp(round(x / s), -127, 127)` with halves to even, all zeros if `s` is zero; where the layout
+/// has a [`Rotation`](crate::Rotation), `x` is rotated before. Then
 ///
 /// ```text
 /// total[p, r] = sum over groups g of group_scale[p, r, g] * dot(q, trits[p, r])_g        an exact i32

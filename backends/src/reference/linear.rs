@@ -1,6 +1,6 @@
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 
-use crate::format::{BLOCK, TernaryWeight};
+use crate::format::{BLOCK, Rotation, TernaryWeight};
 
 /// Largest int8 activation.
 const QMAX: f32 = 127.0;
@@ -12,6 +12,10 @@ const QMAX: f32 = 127.0;
 /// activations, the rounding itself counting as the identity.
 #[must_use]
 pub fn ternary_linear<B: Backend>(x: Tensor<B, 2>, weight: &TernaryWeight<B>, matrix: usize) -> Tensor<B, 2> {
+    let x = match weight.layout.rotation {
+        Some(rotation) => rotate(x, rotation),
+        None => x,
+    };
     let (levels, scale) = quantize(x.clone().detach());
     let mut value: Option<Tensor<B, 2>> = None;
     for plane in 0..weight.layout.planes {
@@ -39,6 +43,43 @@ pub fn fake_quantize<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
     let (levels, scale) = quantize(x.clone().detach());
     let rounded = levels * scale;
     x.clone() + (rounded - x.detach())
+}
+
+/// Each token of `x [tokens, in_features]` rotated, with the bits of [`Rotation::rotate`].
+#[must_use]
+pub fn rotate<B: Backend>(x: Tensor<B, 2>, rotation: Rotation) -> Tensor<B, 2> {
+    let [tokens, in_features] = x.dims();
+    let factors = factors(in_features, rotation, &x.device());
+    butterflies(x * factors, tokens, Rotation::width(in_features))
+}
+
+/// The other way round: what [`rotate`] made of a token, and the gradient of a rotated input.
+#[must_use]
+pub fn rotate_back<B: Backend>(y: Tensor<B, 2>, rotation: Rotation) -> Tensor<B, 2> {
+    let [tokens, in_features] = y.dims();
+    let device = y.device();
+    // The transform is symmetric.
+    butterflies(y, tokens, Rotation::width(in_features)) * factors(in_features, rotation, &device)
+}
+
+fn factors<B: Backend>(in_features: usize, rotation: Rotation, device: &B::Device) -> Tensor<B, 2> {
+    let width = Rotation::width(in_features);
+    let factors: Vec<f32> = (0..in_features).map(|input| rotation.factor(input, width)).collect();
+    Tensor::from_data(TensorData::new(factors, [1, in_features]), (device, DType::F32))
+}
+
+/// The unnormalized Walsh-Hadamard transform of each run of `width` numbers.
+fn butterflies<B: Backend>(x: Tensor<B, 2>, tokens: usize, width: usize) -> Tensor<B, 2> {
+    let in_features = x.dims()[1];
+    let mut half = 1;
+    let mut x = x;
+    while half < width {
+        let pairs = x.reshape([tokens * in_features / (2 * half), 2, half]);
+        let (a, b) = (pairs.clone().slice_dim(1, 0..1), pairs.slice_dim(1, 1..2));
+        x = Tensor::cat(vec![a.clone() + b.clone(), a - b], 1).reshape([tokens, in_features]);
+        half *= 2;
+    }
+    x
 }
 
 /// `|x|`, by which a transposed tensor stays right on every backend: NdArray's own `abs` returns the elements of a shared,

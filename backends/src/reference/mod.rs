@@ -8,5 +8,5 @@ mod stored;
 
 pub use attention::sink_attention;
 pub use experts::{clamped_swiglu, ternary_experts};
-pub use linear::{fake_quantize, magnitude, ternary_linear};
+pub use linear::{fake_quantize, magnitude, rotate, rotate_back, ternary_linear};
 pub use stored::{stored_linear, stored_linear_transposed, stored_rows};

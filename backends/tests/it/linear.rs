@@ -3,7 +3,7 @@ use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
 use ternoss_backends::{
-    CodeFormat, FormatError, TernaryBackend, TernaryLayout, TernaryWeight,
+    CodeFormat, FormatError, Rotation, TernaryBackend, TernaryLayout, TernaryWeight,
     cpu::{Kernels, linear, tokens::Tokens},
     format::MAX_IN_FEATURES,
     reference, ternary_linear,
@@ -12,8 +12,8 @@ use ternoss_backends::{
 use crate::support::{Noise, Weights, all_kernels, any_layout, assert_close, assert_same, layout, matrix, values};
 
 fn run(kernels: Kernels, weights: &Weights, matrix: usize, x: &[f32]) -> Vec<f32> {
-    let TernaryLayout { in_features, rows, .. } = weights.layout;
-    let tokens = Tokens::quantize(kernels, x, in_features);
+    let TernaryLayout { in_features, rows, rotation, .. } = weights.layout;
+    let tokens = Tokens::quantize(kernels, x, in_features, rotation);
     let mut out = vec![f32::NAN; tokens.len() * rows];
     linear::ternary_linear(kernels, &weights.rows(matrix), &tokens, &mut out).unwrap();
     out
@@ -65,15 +65,17 @@ proptest! {
 }
 
 fn backend_agrees<B: TernaryBackend>(name: &str) {
-    for (format, planes, group_size, in_features, tokens) in [
-        (CodeFormat::T2, 1, None, 2880, 3),
-        (CodeFormat::T2, 3, Some(64), 320, 17),
-        (CodeFormat::T2, 2, Some(192), 577, 1),
-        (CodeFormat::T5, 1, None, 101, 2),
-        (CodeFormat::T5, 2, Some(64), 2880, 9),
-        (CodeFormat::T2, 1, Some(4096), 4160, 2),
+    let rotation = Some(Rotation { seed: 5 });
+    for (format, planes, group_size, in_features, tokens, rotation) in [
+        (CodeFormat::T2, 1, None, 2880, 3, None),
+        (CodeFormat::T2, 3, Some(64), 320, 17, rotation),
+        (CodeFormat::T2, 2, Some(192), 577, 1, rotation),
+        (CodeFormat::T5, 1, None, 101, 2, None),
+        (CodeFormat::T5, 2, Some(64), 2880, 9, rotation),
+        (CodeFormat::T2, 1, Some(64), 96, 4, rotation),
+        (CodeFormat::T2, 1, Some(4096), 4160, 2, None),
     ] {
-        let layout = TernaryLayout { matrices: 2, planes, group_size, ..layout(format, 11, in_features) };
+        let layout = TernaryLayout { matrices: 2, planes, group_size, rotation, ..layout(format, 11, in_features) };
         let weights = Weights::new(layout, 7);
         let mut noise = Noise::new(8);
         let x: Vec<f32> = (0..tokens).flat_map(|kind| token(kind + 6, in_features, &mut noise)).collect();

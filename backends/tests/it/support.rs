@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use proptest::prelude::*;
 use ternoss_backends::{
-    CodeFormat, TernaryLayout, TernaryWeight,
+    CodeFormat, Rotation, TernaryLayout, TernaryWeight,
     cpu::{Isa, Kernels, TernaryMatrices, TernaryRows},
 };
 
@@ -37,7 +37,7 @@ impl Noise {
 }
 
 pub(crate) fn layout(format: CodeFormat, rows: usize, in_features: usize) -> TernaryLayout {
-    TernaryLayout { format, matrices: 1, planes: 1, rows, in_features, group_size: None }
+    TernaryLayout { format, matrices: 1, planes: 1, rows, in_features, group_size: None, rotation: None }
 }
 
 /// Weights as numbers and packed.
@@ -92,8 +92,12 @@ impl Weights {
 
     /// The definition, one weight at a time in 64-bit integers.
     pub(crate) fn multiply(&self, matrix: usize, x: &[f32]) -> Vec<f32> {
-        let TernaryLayout { planes, rows, in_features, group_size, .. } = self.layout;
-        let (levels, scale) = quantize(x);
+        let TernaryLayout { planes, rows, in_features, group_size, rotation, .. } = self.layout;
+        let mut x = x.to_vec();
+        if let Some(rotation) = rotation {
+            rotation.rotate(&mut x);
+        }
+        let (levels, scale) = quantize(&x);
         let row = |plane: usize, row: usize| (matrix * planes + plane) * rows + row;
         let total = |row: usize| -> i64 {
             let trits = &self.trits[row * in_features..(row + 1) * in_features];
@@ -164,14 +168,16 @@ pub(crate) fn any_format() -> impl Strategy<Value = CodeFormat> {
 pub(crate) fn any_layout() -> impl Strategy<Value = TernaryLayout> {
     let width = prop_oneof![1..=200usize, Just(320), Just(576), Just(2880), Just(1025)];
     let group = prop_oneof![Just(None), Just(Some(64)), Just(Some(128)), Just(Some(192)), Just(Some(4096))];
-    (any_format(), 1..=2usize, 1..=3usize, 1..=9usize, width, group).prop_map(
-        |(format, matrices, planes, rows, in_features, group_size)| TernaryLayout {
+    let rotation = prop::option::of(any::<u64>().prop_map(|seed| Rotation { seed }));
+    (any_format(), 1..=2usize, 1..=3usize, 1..=9usize, width, group, rotation).prop_map(
+        |(format, matrices, planes, rows, in_features, group_size, rotation)| TernaryLayout {
             format,
             matrices,
             planes,
             rows,
             in_features,
             group_size,
+            rotation,
         },
     )
 }

@@ -11,7 +11,7 @@ use super::{
     Checkpoint, CheckpointError, ExpertMatrix, TensorEntry, TernaryPath,
     names::{CODES, GROUP_SCALES, ROW_SCALES},
 };
-use crate::config::Quantization;
+use crate::config::{Quantization, TernaryQuantization};
 
 /// How a layer's experts stand in the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,8 +97,8 @@ impl Checkpoint {
         };
         // Planes may differ from tensor to tensor: the shape says how many there are.
         let planes = entry.shape.iter().rev().nth(2).copied().unwrap_or(1);
-        let (format, group_size) = (quantization.format, quantization.group_size);
-        let layout = TernaryLayout { format, matrices, planes, rows, in_features, group_size };
+        let &TernaryQuantization { format, group_size, rotation, .. } = quantization;
+        let layout = TernaryLayout { format, matrices, planes, rows, in_features, group_size, rotation };
         let bad_format = |source| self.bad_format(&codes_name, source);
         layout.validate().map_err(bad_format)?;
         let codes = self.ternary_part(path, CODES, &layout.codes_shape(), (Dtype::U32, DType::U32))?;
