@@ -8,8 +8,9 @@ use ternoss::model::CheckpointError;
 
 /// Prints an error and its hint to stderr. A reader that went away (`ternoss generate | head`) is no error.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
-    let kind = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
-    if kind == Some(io::ErrorKind::BrokenPipe) {
+    // On the way to the hub, though, it is the download that broke off.
+    let hub = error.chain().any(|cause| cause.is::<HubError>());
+    if !hub && io_kind(error) == Some(io::ErrorKind::BrokenPipe) {
         return ExitCode::SUCCESS;
     }
     eprintln!("error: {}", line(error));
@@ -17,6 +18,11 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         eprintln!("hint: {hint}");
     }
     ExitCode::FAILURE
+}
+
+/// What kind of input or output failed, if that is what went wrong.
+fn io_kind(error: &anyhow::Error) -> Option<io::ErrorKind> {
+    error.chain().find_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind)
 }
 
 /// The chain of causes in one line; a cause whose text its predecessor repeats is left out.
@@ -42,18 +48,17 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
         });
         inner.or_else(|| cause.downcast_ref::<CheckpointError>())
     });
-    match checkpoint? {
-        CheckpointError::OutputExists { .. } => Some("pass --overwrite to replace it"),
-        CheckpointError::MissingShard { .. } | CheckpointError::Truncated { .. } | CheckpointError::Header { .. } => {
-            Some("the download may be incomplete: `ternoss download` continues it")
-        }
-        CheckpointError::Io { source, .. } => match source.kind() {
+    match checkpoint {
+        Some(CheckpointError::OutputExists { .. }) => Some("pass --overwrite to replace it"),
+        Some(
+            CheckpointError::MissingShard { .. } | CheckpointError::Truncated { .. } | CheckpointError::Header { .. },
+        ) => Some("the download may be incomplete: `ternoss download` continues it"),
+        _ => match io_kind(error)? {
             io::ErrorKind::StorageFull => Some("free some space; nothing half-written was left behind"),
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
                 Some("choose an output folder you may write to")
             }
             _ => None,
         },
-        _ => None,
     }
 }

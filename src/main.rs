@@ -1,6 +1,10 @@
 //! The `ternoss` program: one subcommand a file, under `commands`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+/// Burn allocates large temporaries all the time; the system's allocator maps and clears each of them anew.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 mod commands;
 mod error;
 mod progress;

@@ -33,12 +33,17 @@ impl<B: TernaryBackend> Attention<B> {
     /// `x` `[tokens, hidden]`, already normed, to the attention's output `[tokens, hidden]`; `cache` holds the tokens
     /// before these and takes these in.
     pub fn forward(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
+        self.o_proj.forward(self.mix(x, rope, cache))
+    }
+
+    /// What `o_proj` sees: the values mixed by attention, `[tokens, hidden]` to `[tokens, q_heads * head_dim]`.
+    pub fn mix(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
         let q = rope.rotate(self.heads(self.q_proj.forward(x.clone())));
         let k = rope.rotate(self.heads(self.k_proj.forward(x.clone())));
         let v = self.heads(self.v_proj.forward(x));
         let (keys, values) = cache.append(k, v);
         let spec = AttentionSpec { scale: (self.head_dim as f32).sqrt().recip(), window: self.window };
-        self.o_proj.forward(sink_attention(q, keys, values, self.sinks.val(), spec))
+        sink_attention(q, keys, values, self.sinks.val(), spec)
     }
 
     /// `[tokens, heads * head_dim]` to `[heads, tokens, head_dim]`.

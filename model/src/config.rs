@@ -218,6 +218,16 @@ impl GptOssConfig {
         }
     }
 
+    /// Weights of all matrices.
+    fn weights(&self) -> u128 {
+        let size = |factors: &[usize]| factors.iter().map(|factor| *factor as u128).product::<u128>();
+        let heads = 2 * (self.num_attention_heads + self.num_key_value_heads);
+        let attention = size(&[heads, self.head_dim, self.hidden_size]);
+        let experts = size(&[3, self.num_local_experts, self.intermediate_size, self.hidden_size]);
+        let tables = size(&[2, self.vocab_size, self.hidden_size]);
+        self.num_hidden_layers() as u128 * (attention + experts) + tables
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
         for (key, value) in [
             ("hidden_size", self.hidden_size),
@@ -233,9 +243,12 @@ impl GptOssConfig {
             // The upper bound keeps every product of two sizes far from overflow.
             expect(key, value, (1..=1 << 24).contains(&value), "1 to 16777216")?;
         }
+        // Counting all weights, or their bytes, must not overflow either.
+        let weights = self.weights();
+        expect("the number of weights", weights, weights <= 1 << 48, "at most 281474976710656")?;
         let slides = self.layer_types.contains(&LayerType::SlidingAttention);
         let window = self.sliding_window;
-        expect("sliding_window", window, window > 0 || !slides, "at least 1")?;
+        expect("sliding_window", window, (1..=1 << 30).contains(&window) || !slides, "1 to 1073741824")?;
         let kv = self.num_key_value_heads;
         let divides = format!("a divisor of num_attention_heads ({})", self.num_attention_heads);
         expect("num_key_value_heads", kv, self.num_attention_heads.is_multiple_of(kv), &divides)?;
@@ -452,6 +465,8 @@ impl RawConfig {
                     .map_err(|source| ConfigError::Parse { path: path.into(), source })?;
                 let version = ternary.version;
                 expect("quantization_config.version", version, version == FORMAT_VERSION, "1")?;
+                let bits = ternary.activation_bits;
+                expect("quantization_config.activation_bits", bits, bits == 8, "8")?;
                 Ok(Quantization::Ternary(ternary))
             }
             other => Err(ConfigError::Value {

@@ -118,6 +118,25 @@ impl<B: Backend> StreamedExperts<B> {
     }
 }
 
+impl<B: Backend> PackedExperts<B> {
+    /// Experts from their matrices and biases (`[experts, 2 * intermediate]` and `[experts, hidden]`).
+    pub fn new(
+        gate_up_proj: TernaryTensor<B>,
+        gate_up_proj_bias: Tensor<B, 2>,
+        down_proj: TernaryTensor<B>,
+        down_proj_bias: Tensor<B, 2>,
+        activation: ClampedSwiGlu,
+    ) -> Self {
+        Self {
+            gate_up_proj,
+            gate_up_proj_bias: Param::from_tensor(gate_up_proj_bias),
+            down_proj,
+            down_proj_bias: Param::from_tensor(down_proj_bias),
+            activation,
+        }
+    }
+}
+
 impl<B: TernaryBackend> PackedExperts<B> {
     fn forward(&self, x: Tensor<B, 2>, routing: Routing<B>) -> Tensor<B, 2> {
         let experts = ternoss_backends::TernaryExperts {

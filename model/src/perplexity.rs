@@ -40,6 +40,12 @@ pub enum PerplexityError {
         /// Tokens per window.
         context: usize,
     },
+    /// The model gives no probabilities.
+    #[error("the likelihood of the tokens in window {window} is not a number: the model's weights are broken")]
+    NotANumber {
+        /// Number of the window, from 0.
+        window: usize,
+    },
     /// The text holds a token the model does not know.
     #[error(transparent)]
     Token(#[from] TokenOutOfRange),
@@ -70,6 +76,9 @@ impl<B: TernaryBackend> GptOss<B> {
         for window in tokens.chunks_exact(context) {
             sum.nll += self.log_likelihoods(window)?.iter().map(|l| -f64::from(*l)).sum::<f64>();
             sum.tokens += context - 1;
+            if sum.nll.is_nan() {
+                return Err(PerplexityError::NotANumber { window: sum.windows });
+            }
             sum.windows += 1;
             progress(&sum);
         }

@@ -42,6 +42,16 @@ pub struct TernaryParts<B: Backend> {
 }
 
 impl<B: Backend> TernaryParts<B> {
+    /// Trits `[rows, in_features]` with a float scale for each group, `[rows, groups]`, rounded as the format stores them:
+    /// whole multiples, up to 255, of a 255th of the row's largest one. Without a group size there is one scale a row.
+    pub fn from_scales(trits: Tensor<B, 2>, scales: Tensor<B, 2>, group_size: Option<usize>) -> Self {
+        if group_size.is_none() {
+            return Self { trits, row_scales: scales.squeeze_dim(1), group_scales: None, group_size };
+        }
+        let (row_scales, group_scales) = snap_group_scales(scales);
+        Self { trits, row_scales, group_scales: Some(group_scales), group_size }
+    }
+
     /// The ternary matrix in full: `[rows, in_features]`.
     pub fn to_dense(&self) -> Tensor<B, 2> {
         let [rows, in_features] = self.trits.dims();
@@ -77,8 +87,7 @@ pub fn absmean<B: Backend>(weight: Tensor<B, 2>, granularity: Granularity) -> Te
             let groups = in_features.div_ceil(size);
             let mean = group_means(magnitude(weight.clone()), groups, size);
             let trits = round_to_trits(weight, spread(mean.clone(), rows, in_features, size));
-            let (row_scales, group_scales) = snap_group_scales(mean);
-            TernaryParts { trits, row_scales, group_scales: Some(group_scales), group_size: Some(size) }
+            TernaryParts::from_scales(trits, mean, Some(size))
         }
     }
 }

@@ -1,12 +1,12 @@
 //! `ternoss demo`
 
-use std::{fs, ops::ControlFlow, path::Path, time::Instant};
+use std::{fs, io, ops::ControlFlow, path::Path, time::Instant};
 
 use anyhow::Result;
 use clap::Args;
 use ternoss::{
     Cpu,
-    calib::{QuantizeOptions, Report, quantize, ternary_weights},
+    calib::{Calibration, Method, QuantizeOptions, Report, quantize, ternary_weights},
     model::{
         Checkpoint, GptOss, LoadOptions, StopRules,
         sampling::{Sampler, SamplingConfig},
@@ -14,7 +14,7 @@ use ternoss::{
     },
 };
 
-use super::{Device, bytes};
+use super::{CALIBRATION, Device, bytes};
 use crate::progress::{Progress, Unit};
 
 /// Quantize the small model inside this program and compare it before and after
@@ -48,6 +48,9 @@ const MODEL: [(&str, &[u8]); 5] = [
 /// The opening of "Persuasion", which the model was not trained on.
 const TEXT: &str = include_str!("../../examples/text/prose_test.txt");
 
+/// Tokens of text that the ternary model is calibrated on.
+const CALIBRATION_TOKENS: usize = 65_536;
+
 /// Tokens per window, as in the reference figures.
 const CONTEXT: usize = 256;
 
@@ -74,11 +77,10 @@ pub(crate) fn run(args: DemoArgs) -> Result<()> {
     let dense_bits = 16.0;
     let before = measure("full precision", &dense, dense_bits, &args)?;
     let after = measure("ternary", &ternary, report.bits_per_weight, &args)?;
-    print_table(&before, &after);
-    println!("\nThe same prompt, continued by both (absmean rounds without looking at any text: it costs most of what");
-    println!("the model knew):\n");
-    println!("full precision | {}{}\n", args.prompt, before.sample.trim_end());
-    println!("ternary        | {}{}", args.prompt, after.sample.trim_end());
+    print_table(&before, &after)?;
+    print_line!("\nThe same prompt, continued by both:\n")?;
+    print_line!("full precision | {}{}\n", args.prompt, before.sample.trim_end())?;
+    print_line!("ternary        | {}{}", args.prompt, after.sample.trim_end())?;
     Ok(())
 }
 
@@ -86,8 +88,10 @@ fn quantize_shipped(dense: &Path, ternary: &Path) -> Result<Report> {
     let checkpoint = Checkpoint::open(dense)?;
     let progress = Progress::new("quantize", ternary_weights(&checkpoint) as u64, Unit::Count("weights"));
     let advance = |weights: usize| progress.advance(weights as u64);
-    let options = QuantizeOptions::default();
-    Ok(quantize::<Cpu>(&checkpoint, ternary, &options, &Device::default(), &advance)?)
+    let options = QuantizeOptions::new(Method::Ternoss);
+    let tokens = Tokenizer::from_folder(dense)?.encode(CALIBRATION, true)?;
+    let calibration = Calibration::new(&tokens, CONTEXT, CALIBRATION_TOKENS, checkpoint.config())?;
+    Ok(quantize::<Cpu>(&checkpoint, ternary, &options, Some(&calibration), &Device::default(), &advance)?)
 }
 
 fn measure(name: &str, folder: &Path, bits_per_weight: f64, args: &DemoArgs) -> Result<Measured> {
@@ -135,15 +139,15 @@ fn decode_speed(model: &GptOss<Cpu>, prompt: &[u32]) -> Result<f64> {
     Ok(rates[rates.len() / 2])
 }
 
-fn print_table(before: &Measured, after: &Measured) {
-    let row = |name: &str, before: String, after: String| println!("{name:<34} {before:>16} {after:>16}");
-    row("", "full precision".into(), "ternary".into());
-    row("size of the weights", bytes(before.bytes as usize), bytes(after.bytes as usize));
+fn print_table(before: &Measured, after: &Measured) -> io::Result<()> {
+    let row = |name: &str, before: String, after: String| print_line!("{name:<36} {before:>16} {after:>16}");
+    row("", "full precision".into(), "ternary".into())?;
+    row("size of the weights", bytes(before.bytes as usize), bytes(after.bytes as usize))?;
     row(
         "bits per weight (attention, experts)",
         format!("{:.3}", before.bits_per_weight),
         format!("{:.3}", after.bits_per_weight),
-    );
-    row("perplexity", format!("{:.2}", before.perplexity), format!("{:.2}", after.perplexity));
-    row("tokens per second", format!("{:.0}", before.tokens_per_second), format!("{:.0}", after.tokens_per_second));
+    )?;
+    row("perplexity", format!("{:.2}", before.perplexity), format!("{:.2}", after.perplexity))?;
+    row("tokens per second", format!("{:.0}", before.tokens_per_second), format!("{:.0}", after.tokens_per_second))
 }

@@ -33,7 +33,7 @@ pub(crate) fn run(args: DownloadArgs) -> Result<()> {
         None => args.model,
     };
     let folder = fetch(&Hub::from_env(), &model, args.output.as_deref())?;
-    println!("{}", folder.display());
+    print_line!("{}", folder.display())?;
     Ok(())
 }
 

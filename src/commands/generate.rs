@@ -118,7 +118,7 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
         if let Some(tokenizer) = &tokenizer {
             object["text"] = json!(tokenizer.decode(&new, true)?);
         }
-        println!("{object}");
+        print_line!("{object}")?;
     }
     let rate = (prompt.len() + new.len()) as f64 / started.elapsed().as_secs_f64();
     tracing::info!("{} prompt tokens, {} new, {rate:.1} tokens/s", prompt.len(), new.len());

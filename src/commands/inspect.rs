@@ -1,5 +1,7 @@
 //! `ternoss inspect`
 
+use std::io;
+
 use anyhow::Result;
 use clap::Args;
 use serde_json::json;
@@ -48,22 +50,21 @@ pub(crate) fn run(args: InspectArgs) -> Result<()> {
         part.bytes += entry.bytes();
     }
     if args.json {
-        print_json(&checkpoint, &parts);
-        return Ok(());
+        return Ok(print_json(&checkpoint, &parts)?);
     }
-    print_architecture(checkpoint.config());
-    println!();
-    println!("{:<30} {:>8} {:>12}", "part", "tensors", "size");
+    print_architecture(checkpoint.config())?;
+    print_line!("")?;
+    print_line!("{:<30} {:>8} {:>12}", "part", "tensors", "size")?;
     for (name, part) in PARTS.iter().zip(&parts) {
-        println!("{name:<30} {:>8} {:>12}", part.tensors, bytes(part.bytes));
+        print_line!("{name:<30} {:>8} {:>12}", part.tensors, bytes(part.bytes))?;
     }
-    println!("{:<30} {:>8} {:>12}", "total", "", bytes(parts.iter().map(|part| part.bytes).sum()));
-    println!();
-    print_ternary(&checkpoint);
+    print_line!("{:<30} {:>8} {:>12}", "total", "", bytes(parts.iter().map(|part| part.bytes).sum()))?;
+    print_line!("")?;
+    print_ternary(&checkpoint)?;
     if args.tensors {
-        println!();
+        print_line!("")?;
         for (name, entry) in checkpoint.tensors() {
-            println!("{name:<60} {:?} {:?} {}", entry.dtype, entry.shape, bytes(entry.bytes()));
+            print_line!("{name:<60} {:?} {:?} {}", entry.dtype, entry.shape, bytes(entry.bytes()))?;
         }
     }
     Ok(())
@@ -79,18 +80,23 @@ fn part_of(name: &str) -> usize {
     }
 }
 
-fn print_architecture(config: &GptOssConfig) {
+fn print_architecture(config: &GptOssConfig) -> io::Result<()> {
     let sliding = config.layer_types.iter().filter(|kind| **kind == LayerType::SlidingAttention).count();
-    println!("gpt-oss, {} layers ({sliding} sliding over {})", config.num_hidden_layers(), config.sliding_window);
-    println!("hidden size {}, vocabulary {}", config.hidden_size, config.vocab_size);
-    println!(
+    print_line!("gpt-oss, {} layers ({sliding} sliding over {})", config.num_hidden_layers(), config.sliding_window)?;
+    print_line!("hidden size {}, vocabulary {}", config.hidden_size, config.vocab_size)?;
+    print_line!(
         "{} query heads on {} key-value heads of {}",
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    );
-    println!(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim
+    )?;
+    print_line!(
         "{} experts of {} neurons, {} per token, SwiGLU limit {}",
-        config.num_local_experts, config.intermediate_size, config.experts_per_token, config.swiglu_limit
-    );
+        config.num_local_experts,
+        config.intermediate_size,
+        config.experts_per_token,
+        config.swiglu_limit
+    )?;
     let stored = match &config.quantization {
         Quantization::None => "plain floats".into(),
         Quantization::Mxfp4 => "experts in MXFP4".into(),
@@ -98,20 +104,20 @@ fn print_architecture(config: &GptOssConfig) {
             format!("ternary ({}, {}, {:.3} bits per weight)", t.method, t.format, t.bits_per_weight)
         }
     };
-    println!("stored as {stored}");
+    print_line!("stored as {stored}")
 }
 
-fn print_ternary(checkpoint: &Checkpoint) {
+fn print_ternary(checkpoint: &Checkpoint) -> io::Result<()> {
     let weights = ternary_weights(checkpoint);
     if let Quantization::Ternary(_) = checkpoint.config().quantization {
-        println!("{weights} weights are ternary");
-        return;
+        return print_line!("{weights} weights are ternary");
     }
-    println!("{weights} weights would become ternary (groups of 64):");
+    print_line!("{weights} weights would become ternary (groups of 64):")?;
     for format in CodeFormat::ALL {
         let (size, bits) = ternary_size(checkpoint, format);
-        println!("  {format}  {:>10}  {bits:.3} bits per weight", bytes(size));
+        print_line!("  {format}  {:>10}  {bits:.3} bits per weight", bytes(size))?;
     }
+    Ok(())
 }
 
 /// Bytes and bits per weight of all ternary matrices in groups of 64.
@@ -126,7 +132,7 @@ fn ternary_size(checkpoint: &Checkpoint, format: CodeFormat) -> (usize, f64) {
     (total, 8.0 * total as f64 / ternary_weights(checkpoint) as f64)
 }
 
-fn print_json(checkpoint: &Checkpoint, parts: &[Part]) {
+fn print_json(checkpoint: &Checkpoint, parts: &[Part]) -> io::Result<()> {
     let config = checkpoint.config();
     let parts: serde_json::Map<_, _> = PARTS
         .iter()
@@ -152,5 +158,5 @@ fn print_json(checkpoint: &Checkpoint, parts: &[Part]) {
         "ternary_bytes": ternary_bytes,
         "bits_per_weight": bits_per_weight,
     });
-    println!("{object:#}");
+    print_line!("{object:#}")
 }

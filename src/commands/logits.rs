@@ -32,7 +32,9 @@ pub(crate) fn run(args: LogitsArgs) -> Result<()> {
     let shape = logits.dims().to_vec();
     let bytes: Vec<u8> = logits.into_data().iter::<f32>().flat_map(f32::to_le_bytes).collect();
     let view = TensorView::new(Dtype::F32, shape, &bytes)?;
-    let partial = args.output.with_extension("partial");
+    let mut partial = args.output.clone().into_os_string();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
     let failed = || args.output.display().to_string();
     let written = safetensors::serialize_to_file([("logits", view)], None, &partial)
         .map_err(anyhow::Error::from)

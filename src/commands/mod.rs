@@ -1,5 +1,12 @@
 //! The program's commands: each file is one, with its arguments, its run function and its printing.
 
+/// `println!` to a reader that may go away: an error then, and no panic.
+macro_rules! print_line {
+    ($($text:tt)*) => {
+        std::io::Write::write_fmt(&mut std::io::stdout().lock(), format_args!("{}\n", format_args!($($text)*)))
+    };
+}
+
 pub(crate) mod demo;
 pub(crate) mod download;
 pub(crate) mod generate;
@@ -20,6 +27,9 @@ use ternoss::{
 
 /// The device all commands compute on.
 type Device = burn::tensor::Device<Cpu>;
+
+/// The text to calibrate on unless another is given: the openings of "Emma" and of some encyclopedia articles.
+const CALIBRATION: &str = include_str!("../../examples/text/calibration.txt");
 
 /// Which model, and how it is held in memory.
 #[derive(Args)]

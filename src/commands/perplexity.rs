@@ -44,10 +44,10 @@ pub(crate) fn run(args: PerplexityArgs) -> Result<()> {
     drop(progress);
     if args.json {
         let (perplexity, tokens, windows) = (result.value(), result.tokens, result.windows);
-        println!("{}", json!({ "perplexity": perplexity, "tokens": tokens, "windows": windows }));
+        print_line!("{}", json!({ "perplexity": perplexity, "tokens": tokens, "windows": windows }))?;
     } else {
-        println!("perplexity {:.4}", result.value());
-        println!("{} tokens predicted in {} windows of {}", result.tokens, result.windows, args.context);
+        print_line!("perplexity {:.4}", result.value())?;
+        print_line!("{} tokens predicted in {} windows of {}", result.tokens, result.windows, args.context)?;
     }
     Ok(())
 }

@@ -1,14 +1,35 @@
 //! Post-training ternarization of gpt-oss without fine-tuning.
 //!
-//! [`quantize`] streams a checkpoint through a [`Method`], one matrix in memory at a time, and writes a ternary model
-//! folder with a [`Report`]. The steps of a method are functions from weights to weights; the pipeline knows files and
-//! order, the steps know arithmetic.
+//! [`quantize`] streams a checkpoint through a [`Method`], one layer in memory at a time, and writes a ternary model
+//! folder with a [`Report`]. A method is a list of [`Steps`], in the order of the files here:
+//!
+//! | file | step |
+//! |---|---|
+//! | `calibration` | the text |
+//! | `moments` | statistics of every linear's inputs, the target for the student's inputs |
+//! | `levels` | thresholds and scales of a group of weights (stage 1) |
+//! | `compensate` | ternary GPTQ |
+//! | `refine` | scales in closed form, greedy changes of single trits (stage 2) |
+//! | `ternarize` | all of them on one matrix |
+//! | `layer` | one layer: attention, then experts, the full-precision model beside the ternary one |
+//! | `pipeline` | all layers, and the folder |
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+mod calibration;
+mod compensate;
+mod layer;
+mod levels;
+mod linalg;
 mod method;
+mod moments;
 mod pipeline;
+mod refine;
 mod report;
+mod solution;
+mod ternarize;
 
-pub use method::Method;
+pub use calibration::Calibration;
+pub use levels::MAX_PLANES;
+pub use method::{Method, Steps};
 pub use pipeline::{CalibError, QuantizeOptions, quantize, ternary_weights};
-pub use report::{LayerReport, Report};
+pub use report::{LayerReport, MatrixReport, Report};

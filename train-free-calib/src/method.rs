@@ -1,28 +1,77 @@
-//! The quantization methods, by name.
+//! The quantization methods, by name, and the steps they consist of.
 
 use std::{fmt, str::FromStr};
 
-use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
-use ternoss_quant::{Granularity, TernaryParts, absmean};
 
 /// How weights become ternary.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// Rounding by the mean magnitude, without looking at any text (BitNet b1.58, arXiv 2402.17764, section 2).
-    #[default]
     Absmean,
+    /// PT-BitNet as described (Guo et al., Neural Networks 191:107855, 2025): per group the best of 21 thresholds with its
+    /// least-squares scale, then greedy changes of single trits on the output error of a calibration text.
+    PtBitnet,
+    /// All steps that help, in order: see [`Steps`].
+    #[default]
+    Ternoss,
+}
+
+/// The steps of a calibrated method; each can be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Steps {
+    /// Rotate every linear's input and its weights with it ([`Rotation`](ternoss_backends::Rotation)).
+    pub rotation: bool,
+    /// Aim for the teacher's outputs from the inputs that the ternary layers before really give:
+    /// `W* = W (G + l I)(H + l I)^-1`, `H = E[x~ x~^T]`, `G = E[x x~^T]`.
+    pub regression: bool,
+    /// Round column by column and pass each error on (ternary GPTQ). Without it, every group is fitted on its own.
+    pub compensation: bool,
+    /// Passes of greedy changes of single trits; before each and after the last the scales are refitted in closed form.
+    pub sweeps: usize,
+    /// Fold the mean error of every output into its bias: `b + W E[x] - Q E[x~]`.
+    pub bias: bool,
+}
+
+impl Steps {
+    /// Nothing but the best scales for each group of weights: looks at no text.
+    pub const NONE: Self = Self { rotation: false, regression: false, compensation: false, sweeps: 0, bias: false };
+    /// Names of the steps, as [`without`](Self::without) takes them.
+    pub const NAMES: [&str; 5] = ["rotation", "regression", "compensation", "sweeps", "bias"];
+
+    /// The steps with one of them left out.
+    ///
+    /// # Errors
+    /// The names there are, if `step` is none of them.
+    pub fn without(mut self, step: &str) -> Result<Self, String> {
+        match step {
+            "rotation" => self.rotation = false,
+            "regression" => self.regression = false,
+            "compensation" => self.compensation = false,
+            "sweeps" => self.sweeps = 0,
+            "bias" => self.bias = false,
+            _ => return Err(format!("unknown step {step:?}, expected one of: {}", Self::NAMES.join(", "))),
+        }
+        Ok(self)
+    }
+
+    /// Whether a calibration text is needed.
+    pub fn look_at_text(&self) -> bool {
+        self.regression || self.compensation || self.sweeps > 0 || self.bias
+    }
 }
 
 impl Method {
     /// Every method there is.
-    pub const ALL: [Self; 1] = [Self::Absmean];
+    pub const ALL: [Self; 3] = [Self::Absmean, Self::PtBitnet, Self::Ternoss];
 
-    /// One weight matrix `[rows, in_features]` made ternary.
-    pub(crate) fn ternarize<B: Backend>(self, weight: Tensor<B, 2>, granularity: Granularity) -> TernaryParts<B> {
+    /// The method's steps.
+    pub fn steps(self) -> Steps {
         match self {
-            Self::Absmean => absmean(weight, granularity),
+            Self::Absmean => Steps::NONE,
+            Self::PtBitnet => Steps { sweeps: 2, ..Steps::NONE },
+            Self::Ternoss => Steps { rotation: true, regression: true, compensation: true, sweeps: 2, bias: true },
         }
     }
 }
@@ -31,6 +80,8 @@ impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Absmean => "absmean",
+            Self::PtBitnet => "pt-bitnet",
+            Self::Ternoss => "ternoss",
         })
     }
 }

@@ -2,10 +2,9 @@
 
 use std::path::Path;
 
-use burn::tensor::{Tensor, TensorData, backend::Backend};
 use rayon::prelude::*;
 use serde_json::json;
-use ternoss_backends::{FormatError, TernaryLayout};
+use ternoss_backends::{FormatError, Rotation, TernaryBackend, TernaryLayout};
 use ternoss_model::{
     Checkpoint, CheckpointError,
     checkpoint::{CONFIG_FILE, ExpertMatrix, FolderWriter, LinearName, OutputTensor, TernaryPath},
@@ -14,20 +13,37 @@ use ternoss_model::{
 use ternoss_quant::{PackedTernary, TernaryConfig};
 
 use crate::{
-    Method, Report,
-    report::{LayerSums, REPORT_FILE},
+    Calibration, Method, Report, Steps,
+    layer::{Activations, ChangedBias, LayerCalibration, TernaryLayer},
+    levels::MAX_PLANES,
+    report::{LayerReport, MatrixReport, REPORT_FILE},
+    ternarize::Recipe,
 };
 
 /// What to do with a checkpoint.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct QuantizeOptions {
     /// Quantization method.
     pub method: Method,
-    /// Granularity of the scales and packing of the trits.
+    /// Its steps, some perhaps left out.
+    pub steps: Steps,
+    /// Granularity of the scales and packing of the trits. The rotation is the steps' to say.
     pub ternary: TernaryConfig,
+    /// Trits a weight is the sum of: 1 to 3, 1 for absmean.
+    pub planes: usize,
     /// Whether an existing output may be replaced.
     pub overwrite: bool,
 }
+
+impl QuantizeOptions {
+    /// A method with all its steps, one plane.
+    pub fn new(method: Method) -> Self {
+        Self { method, steps: method.steps(), ternary: TernaryConfig::default(), planes: 1, overwrite: false }
+    }
+}
+
+/// The rotation of every model this crate rotates.
+const ROTATION: Rotation = Rotation { seed: 0 };
 
 /// A quantization that cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +54,44 @@ pub enum CalibError {
     /// The options do not describe a valid layout.
     #[error(transparent)]
     Format(#[from] FormatError),
+    /// The method needs a text and none was given.
+    #[error("method {method} needs a calibration text")]
+    NoText {
+        /// The method.
+        method: Method,
+    },
+    /// The calibration text does not fill a window.
+    #[error("the calibration text has {tokens} tokens, at least one window of {context} is needed")]
+    ShortText {
+        /// Tokens of the text.
+        tokens: usize,
+        /// Tokens a window.
+        context: usize,
+    },
+    /// The calibration text holds a token that the model does not have.
+    #[error("token {token} of the calibration text is outside the vocabulary of {vocab_size}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Tokens the model has.
+        vocab_size: usize,
+    },
+    /// A number of planes that the method cannot do.
+    #[error("{planes} planes: {method} makes 1 to {most}")]
+    Planes {
+        /// The number asked for.
+        planes: usize,
+        /// The method.
+        method: Method,
+        /// The most it can make.
+        most: usize,
+    },
+    /// The output would take the place of the input.
+    #[error("{folder} is the model's own folder, or holds it")]
+    OutputIsInput {
+        /// The folder.
+        folder: String,
+    },
     /// There is nothing left to quantize.
     #[error("{folder} is ternary already")]
     AlreadyTernary {
@@ -76,44 +130,72 @@ pub fn ternary_weights(checkpoint: &Checkpoint) -> usize {
 }
 
 /// Makes a checkpoint ternary and writes it to `output`, one weight file a layer; `progress` hears how many weights
-/// became ternary since its last call.
+/// became ternary since its last call. Methods that look at a text need `calibration`.
 ///
-/// Peak memory is one layer's packed weights and four expert matrices in f32 with their temporaries: 1.3 GB for
-/// gpt-oss-20b. Every tensor is scanned for NaN and infinity. The output is whole or not there (see [`FolderWriter`]).
+/// Peak memory without a text is one layer's packed weights and four expert matrices in f32 with their temporaries:
+/// 0.8 GB for gpt-oss-20b. With a text it is a layer's packed weights, some matrices in f32, and the activations of
+/// the text twice. Every tensor is scanned for NaN and infinity. The output is whole or not there (see [`FolderWriter`]).
 ///
 /// # Errors
 /// [`CalibError`], naming the file, the tensor, and what was expected.
-pub fn quantize<B: Backend>(
+pub fn quantize<B: TernaryBackend>(
     checkpoint: &Checkpoint,
     output: &Path,
     options: &QuantizeOptions,
+    calibration: Option<&Calibration>,
     device: &B::Device,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<Report, CalibError> {
+    let folder = || checkpoint.folder().display().to_string();
     if matches!(checkpoint.config().quantization, Quantization::Ternary(_)) {
-        return Err(CalibError::AlreadyTernary { folder: checkpoint.folder().display().to_string() });
+        return Err(CalibError::AlreadyTernary { folder: folder() });
     }
+    if let (Ok(model), Ok(target)) = (checkpoint.folder().canonicalize(), output.canonicalize())
+        && model.starts_with(target)
+    {
+        return Err(CalibError::OutputIsInput { folder: output.display().to_string() });
+    }
+    let recipe = recipe(options)?;
     let layers = checkpoint.config().num_hidden_layers();
-    let mut job = Job::<B> { checkpoint, options, device, progress, ternary_bytes: 0, copied_bytes: 0 };
+    let mut job = Job::<B> { checkpoint, recipe, device, progress, ternary_bytes: 0, copied_bytes: 0 };
     job.check_layout()?;
+    let mut activations = match calibration.filter(|_| recipe.steps.look_at_text()) {
+        Some(calibration) => Some(Activations::<B>::embed(checkpoint, calibration, device)?),
+        None if recipe.steps.look_at_text() => return Err(CalibError::NoText { method: options.method }),
+        None => None,
+    };
     let mut config = read_config(checkpoint)?;
     let mut writer = FolderWriter::create(output, layers + 1, options.overwrite)?;
-    writer.shard(0, job.copied(None)?)?;
+    job.check_finite(None)?;
+    writer.shard(0, job.copied(None, &[])?)?;
     let mut reports = Vec::with_capacity(layers);
-    for layer in 0..layers {
-        let mut sums = LayerSums::default();
-        let packed = job.layer(layer, &mut sums)?;
-        let mut tensors = job.copied(Some(layer))?;
-        for (path, matrices) in &packed {
+    for number in 0..layers {
+        job.check_finite(Some(number))?;
+        let layer = match &mut activations {
+            Some(activations) => {
+                LayerCalibration::new(checkpoint, number, &job.recipe, device, progress)?.run(activations)?
+            }
+            None => job.layer(number)?,
+        };
+        job.ternary_bytes += layer.matrices.iter().map(|(_, packed)| packed.layout.bytes()).sum::<usize>();
+        let mut tensors = job.copied(Some(number), &layer.biases)?;
+        for (path, matrices) in &layer.matrices {
             tensors.extend(OutputTensor::ternary(path, matrices));
         }
-        writer.shard(layer + 1, tensors)?;
-        reports.push(sums.report());
+        for (name, shape, values) in &layer.biases {
+            job.copied_bytes += size_of_val(values.as_slice());
+            tensors.push((name.clone(), OutputTensor::floats(shape.clone(), values)));
+        }
+        writer.shard(number + 1, tensors)?;
+        reports.push(layer.report);
     }
     let weights = ternary_weights(checkpoint);
     let report = Report {
         method: options.method,
-        ternary: options.ternary,
+        steps: recipe.steps,
+        ternary: recipe.ternary,
+        planes: recipe.planes,
+        calibration_tokens: activations.as_ref().map_or(0, Activations::tokens),
         ternary_weights: weights,
         ternary_bytes: job.ternary_bytes,
         full_precision_bytes: job.copied_bytes,
@@ -128,15 +210,26 @@ pub fn quantize<B: Backend>(
         quant_method: TERNOSS.into(),
         version: FORMAT_VERSION,
         method: options.method.to_string(),
-        format: options.ternary.format,
-        group_size: options.ternary.granularity.group_size(),
-        rotation: options.ternary.rotation,
-        planes: 1,
+        format: recipe.ternary.format,
+        group_size: recipe.ternary.granularity.group_size(),
+        rotation: recipe.ternary.rotation,
+        planes: recipe.planes,
         activation_bits: 8,
         bits_per_weight: report.bits_per_weight,
     });
     writer.finish(&config)?;
     Ok(report)
+}
+
+/// What the options come down to.
+fn recipe(options: &QuantizeOptions) -> Result<Recipe, CalibError> {
+    let QuantizeOptions { method, steps, planes, .. } = *options;
+    let most = if method == Method::Absmean { 1 } else { MAX_PLANES };
+    if !(1..=most).contains(&planes) {
+        return Err(CalibError::Planes { planes, method, most });
+    }
+    let rotation = steps.rotation.then_some(ROTATION);
+    Ok(Recipe { method, steps, ternary: TernaryConfig { rotation, ..options.ternary }, planes })
 }
 
 /// The model's `config.json` as it is, so that keys this project does not know survive.
@@ -152,51 +245,55 @@ fn read_config(checkpoint: &Checkpoint) -> Result<serde_json::Value, CalibError>
 }
 
 /// One quantization under way.
-struct Job<'a, B: Backend> {
+struct Job<'a, B: TernaryBackend> {
     checkpoint: &'a Checkpoint,
-    options: &'a QuantizeOptions,
+    recipe: Recipe,
     device: &'a B::Device,
     progress: &'a (dyn Fn(usize) + Sync),
     ternary_bytes: usize,
     copied_bytes: usize,
 }
 
-impl<'a, B: Backend> Job<'a, B> {
+impl<'a, B: TernaryBackend> Job<'a, B> {
     /// Refuses options that no matrix can have, before anything is written.
     fn check_layout(&self) -> Result<(), FormatError> {
         TernaryLayout {
-            format: self.options.ternary.format,
+            format: self.recipe.ternary.format,
             matrices: 1,
-            planes: 1,
+            planes: self.recipe.planes,
             rows: 1,
             in_features: self.checkpoint.config().hidden_size,
-            group_size: self.options.ternary.granularity.group_size(),
-            rotation: self.options.ternary.rotation,
+            group_size: self.recipe.ternary.granularity.group_size(),
+            rotation: self.recipe.ternary.rotation,
         }
         .validate()
     }
 
-    /// All ternary matrices of a layer.
-    fn layer(&mut self, layer: usize, sums: &mut LayerSums) -> Result<Vec<(TernaryPath, PackedTernary)>, CalibError> {
-        let mut all = Vec::new();
+    /// All ternary matrices of a layer, without looking at a text.
+    fn layer(&self, layer: usize) -> Result<TernaryLayer, CalibError> {
+        let mut result = TernaryLayer::default();
         for linear in LinearName::ALL {
             let path = linear.path(layer);
             let shape = linear.shape(self.checkpoint.config());
             let name = format!("{path}.weight");
             let weight = self.checkpoint.floats(&name, &[shape[1], shape[0]])?;
-            let (matrix, matrix_sums) = self.ternarize(&name, weight, shape)?;
-            sums.add(matrix_sums);
-            all.push((TernaryPath::Linear(path), matrix));
+            let (matrix, report) = self.ternarize(&name, path.clone(), weight, shape)?;
+            result.report.matrices.push(report);
+            result.matrices.push((TernaryPath::Linear(path), matrix));
         }
         for matrix in ExpertMatrix::ALL {
-            let experts = self.experts(layer, matrix, sums)?;
-            all.push((TernaryPath::Experts(matrix.path(layer)), experts));
+            let experts = self.experts(layer, matrix, &mut result.report)?;
+            result.matrices.push((TernaryPath::Experts(matrix.path(layer)), experts));
         }
-        self.ternary_bytes += all.iter().map(|(_, packed)| packed.layout.bytes()).sum::<usize>();
-        Ok(all)
+        Ok(result)
     }
 
-    fn experts(&self, layer: usize, matrix: ExpertMatrix, sums: &mut LayerSums) -> Result<PackedTernary, CalibError> {
+    fn experts(
+        &self,
+        layer: usize,
+        matrix: ExpertMatrix,
+        report: &mut LayerReport,
+    ) -> Result<PackedTernary, CalibError> {
         let experts = self.checkpoint.config().num_local_experts;
         let shape = matrix.shape(self.checkpoint.config());
         let name = self.checkpoint.expert_tensors(layer, matrix).swap_remove(0);
@@ -206,11 +303,11 @@ impl<'a, B: Backend> Job<'a, B> {
                 .into_par_iter()
                 .map(|expert| {
                     let weight = self.checkpoint.expert_rows(layer, matrix, expert)?;
-                    self.ternarize(&name, weight, shape)
+                    self.ternarize(&name, format!("{}.{expert}", matrix.path(layer)), weight, shape)
                 })
                 .collect();
-            for (packed, matrix_sums) in batch? {
-                sums.add(matrix_sums);
+            for (packed, matrix_report) in batch? {
+                report.matrices.push(matrix_report);
                 matrices.push(packed);
             }
         }
@@ -220,50 +317,53 @@ impl<'a, B: Backend> Job<'a, B> {
     /// One matrix, `[in, out]` its shape and `weight` its rows.
     fn ternarize(
         &self,
-        name: &str,
+        tensor: &str,
+        name: String,
         weight: Vec<f32>,
-        [in_features, rows]: [usize; 2],
-    ) -> Result<(PackedTernary, LayerSums), CalibError> {
-        self.checkpoint.expect_finite(name, &weight)?;
-        let weight = Tensor::<B, 2>::from_data(TensorData::new(weight, [rows, in_features]), self.device);
-        let parts = self.options.method.ternarize(weight.clone(), self.options.ternary.granularity);
-        let packed = PackedTernary::pack(
-            std::slice::from_ref(&parts),
-            self.options.ternary.format,
-            self.options.ternary.rotation,
-        )?;
-        let error = (weight.clone() - parts.to_dense()).square();
-        let sums = LayerSums {
-            squared_error: sum(error),
-            squared_weight: sum(weight.square()),
-            zeros: (rows * in_features) as f64 - sum(parts.trits.abs()),
-            weights: (rows * in_features) as f64,
-        };
-        (self.progress)(rows * in_features);
-        Ok((packed, sums))
+        shape: [usize; 2],
+    ) -> Result<(PackedTernary, MatrixReport), CalibError> {
+        self.checkpoint.expect_finite(tensor, &weight)?;
+        let made = self.recipe.ternarize::<B>(weight, shape, None, self.device)?;
+        (self.progress)(shape[0] * shape[1]);
+        let report = made.report(name, 0);
+        Ok((made.packed, report))
     }
 
-    /// The tensors of a layer, or of no layer, that stay as they are.
-    fn copied<'b>(&mut self, layer: Option<usize>) -> Result<Vec<(String, OutputTensor<'b>)>, CalibError>
+    /// The tensors of a layer, or of no layer, that stay as they are; `biases` do not.
+    fn copied<'b>(
+        &mut self,
+        layer: Option<usize>,
+        biases: &[ChangedBias],
+    ) -> Result<Vec<(String, OutputTensor<'b>)>, CalibError>
     where
         'a: 'b,
     {
-        let replaced: Vec<String> = layer.map_or(Vec::new(), |layer| {
+        let checkpoint: &'b Checkpoint = self.checkpoint;
+        let mut tensors = Vec::new();
+        for name in self.full_precision(layer) {
+            if !biases.iter().any(|(changed, ..)| changed == name) {
+                self.copied_bytes += checkpoint.bytes(name)?.len();
+                tensors.push((name.to_string(), OutputTensor::copied(checkpoint, name)?));
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// Refuses NaN and infinity in what does not become ternary; the rest is checked when it does.
+    fn check_finite(&self, layer: Option<usize>) -> Result<(), CheckpointError> {
+        self.full_precision(layer).iter().try_for_each(|name| self.checkpoint.expect_finite_stored(name))
+    }
+
+    /// Names of the tensors of a layer, or of no layer, that do not become ternary.
+    fn full_precision(&self, layer: Option<usize>) -> Vec<&'a str> {
+        let ternary: Vec<String> = layer.map_or(Vec::new(), |layer| {
             let linears = LinearName::ALL.iter().map(|linear| format!("{}.weight", linear.path(layer)));
             let experts = ExpertMatrix::ALL.iter().flat_map(|m| self.checkpoint.expert_tensors(layer, *m));
             linears.chain(experts).collect()
         });
-        let checkpoint: &'b Checkpoint = self.checkpoint;
-        let mut tensors = Vec::new();
-        for (name, entry) in checkpoint.tensors() {
-            if layer_of(name, checkpoint) != layer || replaced.iter().any(|other| other == name) {
-                continue;
-            }
-            self.copied_bytes += entry.bytes();
-            checkpoint.expect_finite_stored(name)?;
-            tensors.push((name.to_string(), OutputTensor::copied(checkpoint, name)?));
-        }
-        Ok(tensors)
+        let of_layer =
+            |name: &&str| layer_of(name, self.checkpoint) == layer && !ternary.iter().any(|other| other == name);
+        self.checkpoint.tensors().map(|(name, _)| name).filter(of_layer).collect()
     }
 }
 
@@ -271,9 +371,4 @@ impl<'a, B: Backend> Job<'a, B> {
 fn layer_of(name: &str, checkpoint: &Checkpoint) -> Option<usize> {
     let number = name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()?;
     (number < checkpoint.config().num_hidden_layers()).then_some(number)
-}
-
-/// In double precision and a fixed order, so that the report does not depend on the thread count.
-fn sum<B: Backend>(values: Tensor<B, 2>) -> f64 {
-    values.sum_dim(1).into_data().iter::<f32>().map(f64::from).sum()
 }

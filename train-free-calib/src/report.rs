@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use ternoss_quant::TernaryConfig;
 
-use crate::Method;
+use crate::{Method, Steps};
 
 /// Name of the report in the ternary folder.
 pub(crate) const REPORT_FILE: &str = "calibration_report.json";
@@ -13,8 +13,14 @@ pub(crate) const REPORT_FILE: &str = "calibration_report.json";
 pub struct Report {
     /// Quantization method.
     pub method: Method,
-    /// Granularity of the scales and packing of the trits.
+    /// Its steps.
+    pub steps: Steps,
+    /// Granularity of the scales, packing of the trits, rotation.
     pub ternary: TernaryConfig,
+    /// Trits a weight is the sum of.
+    pub planes: usize,
+    /// Tokens of text that were calibrated on.
+    pub calibration_tokens: usize,
     /// Weights that became ternary.
     pub ternary_weights: usize,
     /// Bytes of their codes and scales.
@@ -27,36 +33,33 @@ pub struct Report {
     pub layers: Vec<LayerReport>,
 }
 
+impl Report {
+    /// The mean of all matrices' relative errors.
+    pub fn mean_relative_error(&self) -> f64 {
+        let errors: Vec<f64> =
+            self.layers.iter().flat_map(|layer| &layer.matrices).map(|matrix| matrix.relative_error).collect();
+        errors.iter().sum::<f64>() / errors.len().max(1) as f64
+    }
+}
+
 /// What became of one layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
-    /// Sum of squared weight errors over the sum of squared weights, all ternary matrices of the layer together.
-    pub relative_squared_error: f64,
+    /// Its matrices in the order in which they were made ternary.
+    pub matrices: Vec<MatrixReport>,
+    /// Calibration tokens that the full-precision router sent to each expert; empty without calibration.
+    pub expert_tokens: Vec<usize>,
+}
+
+/// What became of one matrix.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MatrixReport {
+    /// Its path in the model, with the number of the expert.
+    pub name: String,
+    /// Squared error of its outputs over their square, on the calibration text; of its weights where there was none.
+    pub relative_error: f64,
     /// Share of trits that are zero.
     pub zeros: f64,
-}
-
-/// Running sums from which a [`LayerReport`] is made.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct LayerSums {
-    pub(crate) squared_error: f64,
-    pub(crate) squared_weight: f64,
-    pub(crate) zeros: f64,
-    pub(crate) weights: f64,
-}
-
-impl LayerSums {
-    pub(crate) fn add(&mut self, other: Self) {
-        self.squared_error += other.squared_error;
-        self.squared_weight += other.squared_weight;
-        self.zeros += other.zeros;
-        self.weights += other.weights;
-    }
-
-    pub(crate) fn report(self) -> LayerReport {
-        LayerReport {
-            relative_squared_error: self.squared_error / self.squared_weight.max(f64::MIN_POSITIVE),
-            zeros: self.zeros / self.weights.max(1.0),
-        }
-    }
+    /// Calibration tokens it saw.
+    pub tokens: usize,
 }

@@ -131,6 +131,12 @@ pub enum CheckpointError {
         /// The output folder.
         path: PathBuf,
     },
+    /// What would be replaced is no model.
+    #[error("{} exists and is no model folder: it is not replaced", path.display())]
+    NotReplaceable {
+        /// The output folder.
+        path: PathBuf,
+    },
     /// A file just written does not read back as it should.
     #[error("{}: what was written does not read back: {reason}", path.display())]
     Verify {

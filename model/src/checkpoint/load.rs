@@ -55,14 +55,13 @@ impl<B: Backend> GptOss<B> {
     pub fn load(checkpoint: &Checkpoint, options: LoadOptions, device: &B::Device) -> Result<Self, CheckpointError> {
         let config = checkpoint.config();
         let loader = Loader { checkpoint, device, experts_resident: experts_resident(checkpoint, options) };
-        let table = |name: &str| {
-            let shape = [config.vocab_size, config.hidden_size];
-            checkpoint.stored_matrix(name, shape, device).map(Table::new)
-        };
-        let embed_tokens = table(EMBED_TOKENS)?;
+        let embed_tokens = Table::embedding(checkpoint, device)?;
         let lm_head = match config.tie_word_embeddings {
             true => embed_tokens.clone(),
-            false => table(LM_HEAD)?,
+            false => {
+                let shape = [config.vocab_size, config.hidden_size];
+                Table::new(checkpoint.stored_matrix(LM_HEAD, shape, device)?)
+            }
         };
         let layers = 0..config.num_hidden_layers();
         Ok(Self {
@@ -73,6 +72,17 @@ impl<B: Backend> GptOss<B> {
             rope: RotaryEmbedding::new(&config.rope, config.head_dim),
             config: config.clone(),
         })
+    }
+}
+
+impl<B: Backend> Table<B> {
+    /// Loads the token embedding alone, as [`GptOss::load`] does.
+    ///
+    /// # Errors
+    /// [`CheckpointError`], naming the file, the tensor, and what was expected.
+    pub fn embedding(checkpoint: &Checkpoint, device: &B::Device) -> Result<Self, CheckpointError> {
+        let config = checkpoint.config();
+        checkpoint.stored_matrix(EMBED_TOKENS, [config.vocab_size, config.hidden_size], device).map(Self::new)
     }
 }
 

@@ -45,6 +45,11 @@ impl<'a> OutputTensor<'a> {
         Self { dtype, shape, data: Box::new(make) }
     }
 
+    /// A tensor of f32.
+    pub fn floats(shape: Vec<usize>, values: &'a [f32]) -> Self {
+        Self::new(Dtype::F32, shape, Cow::Borrowed(bytemuck::cast_slice(values)))
+    }
+
     /// The tensors of a ternary weight, with their names.
     pub fn ternary(path: &TernaryPath, packed: &'a PackedTernary) -> Vec<(String, Self)> {
         let layout = packed.layout;
@@ -109,10 +114,14 @@ impl FolderWriter {
     /// Starts a folder of `shards` weight files.
     ///
     /// # Errors
-    /// [`CheckpointError::OutputExists`] unless `overwrite`; [`CheckpointError::Io`] when the place is not writable.
+    /// [`CheckpointError::OutputExists`] unless `overwrite`, [`CheckpointError::NotReplaceable`] when what is there is
+    /// no model; [`CheckpointError::Io`] when the place is not writable.
     pub fn create(output: &Path, shards: usize, overwrite: bool) -> Result<Self, CheckpointError> {
         if output.exists() && !overwrite {
             return Err(CheckpointError::OutputExists { path: output.into() });
+        }
+        if output.exists() && !is_replaceable(output) {
+            return Err(CheckpointError::NotReplaceable { path: output.into() });
         }
         let mut name = output.file_name().unwrap_or(output.as_os_str()).to_owned();
         name.push(".partial");
@@ -187,11 +196,16 @@ impl FolderWriter {
         self.file(CONFIG_FILE, pretty(config).as_bytes())?;
         sync(&self.partial)?;
         let failed = |source| CheckpointError::io(&self.output, source);
+        // What is replaced goes last: at no moment is neither of the two there.
+        let replaced = self.partial.with_extension("replaced");
         if self.overwrite && self.output.exists() {
-            fs::remove_dir_all(&self.output).map_err(failed)?;
+            fs::rename(&self.output, &replaced).map_err(failed)?;
         }
         fs::rename(&self.partial, &self.output).map_err(failed)?;
         self.finished = true;
+        if replaced.exists() {
+            fs::remove_dir_all(&replaced).map_err(failed)?;
+        }
         sync(self.output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")))
     }
 }
@@ -203,6 +217,11 @@ impl Drop for FolderWriter {
             let _ = fs::remove_dir_all(&self.partial);
         }
     }
+}
+
+/// Whether nothing but a model is lost when a folder is replaced.
+fn is_replaceable(folder: &Path) -> bool {
+    folder.join(CONFIG_FILE).is_file() || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 fn pretty(value: &serde_json::Value) -> String {

@@ -1,0 +1,173 @@
+//! The levels a weight can take: sums of one scaled trit a plane.
+
+/// Most planes a weight can be the sum of.
+pub const MAX_PLANES: usize = 3;
+
+/// Weights below this scale count as nothing.
+const TINY: f32 = 1e-12;
+
+/// All values `sum over planes of scale * trit`, with their trits.
+#[derive(Clone, Debug)]
+pub(crate) struct Levels {
+    values: Vec<f32>,
+    trits: Vec<[i8; MAX_PLANES]>,
+}
+
+impl Levels {
+    /// The levels of one group, whose planes have these scales.
+    pub(crate) fn new(scales: &[f32]) -> Self {
+        let count = 3usize.pow(scales.len() as u32);
+        let mut levels = Self { values: Vec::with_capacity(count), trits: Vec::with_capacity(count) };
+        // Zero first: of two levels equally near the earlier one is taken.
+        for code in 0..count {
+            let mut trits = [0; MAX_PLANES];
+            let mut rest = code;
+            for trit in trits.iter_mut().take(scales.len()) {
+                *trit = [0, 1, -1][rest % 3];
+                rest /= 3;
+            }
+            levels.values.push(scales.iter().zip(trits).map(|(scale, trit)| scale * f32::from(trit)).sum());
+            levels.trits.push(trits);
+        }
+        levels
+    }
+
+    /// The level nearest to `target`: its value and its trits.
+    #[inline]
+    pub(crate) fn nearest(&self, target: f32) -> (f32, [i8; MAX_PLANES]) {
+        let mut best = 0;
+        let mut distance = (target - self.values[0]).abs();
+        for (i, value) in self.values.iter().enumerate().skip(1) {
+            let other = (target - value).abs();
+            if other < distance {
+                (best, distance) = (i, other);
+            }
+        }
+        (self.values[best], self.trits[best])
+    }
+}
+
+/// The scales, one a plane, that fit one group of weights best under the importance of each, by least squares.
+///
+/// One plane is fitted exactly: for a given scale `a` the best trits keep the weights with `|w| > a / 2`, so the optimum
+/// is among the `n` sets of largest weights, and the set with the largest `(sum h |w|)^2 / sum h` wins. More planes start
+/// from one plane after the other and then alternate between the nearest level and the best scales.
+pub(crate) fn fit_scales(weights: &[f32], importance: &[f32], planes: usize) -> [f32; MAX_PLANES] {
+    let mut scales = [0.0; MAX_PLANES];
+    if planes == 1 {
+        scales[0] = fit_one(weights, importance);
+        return scales;
+    }
+    let mut rest = weights.to_vec();
+    for scale in scales.iter_mut().take(planes) {
+        *scale = fit_one(&rest, importance);
+        for w in &mut rest {
+            *w -= if w.abs() > *scale / 2.0 { scale.copysign(*w) } else { 0.0 };
+        }
+    }
+    for _ in 0..4 {
+        let levels = Levels::new(&scales[..planes]);
+        let (mut gram, mut target) = ([[0.0f64; MAX_PLANES]; MAX_PLANES], [0.0f64; MAX_PLANES]);
+        for (w, h) in weights.iter().zip(importance) {
+            let (_, trits) = levels.nearest(*w);
+            for p in 0..planes {
+                target[p] += f64::from(*h) * f64::from(*w) * f64::from(trits[p]);
+                for q in 0..planes {
+                    gram[p][q] += f64::from(*h) * f64::from(trits[p] * trits[q]);
+                }
+            }
+        }
+        let mut matrix: Vec<f64> = (0..planes).flat_map(|p| gram[p][..planes].to_vec()).collect();
+        let mut solution = target[..planes].to_vec();
+        if !crate::linalg::solve_small(&mut matrix, &mut solution) {
+            break;
+        }
+        for (scale, x) in scales.iter_mut().zip(solution) {
+            *scale = (x as f32).max(0.0);
+        }
+    }
+    scales
+}
+
+fn fit_one(weights: &[f32], importance: &[f32]) -> f32 {
+    let mut order: Vec<(f32, f32)> = weights.iter().zip(importance).map(|(w, h)| (w.abs(), *h)).collect();
+    order.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
+    let (mut sum, mut count) = (0.0f64, 0.0f64);
+    let (mut best, mut scale) = (0.0, 0.0);
+    for (magnitude, h) in order {
+        sum += f64::from(h) * f64::from(magnitude);
+        count += f64::from(h);
+        if count > 0.0 && sum * sum > best * count {
+            (best, scale) = (sum * sum / count, sum / count);
+        }
+    }
+    if scale as f32 > TINY { scale as f32 } else { 0.0 }
+}
+
+/// The threshold search of PT-BitNet as described (Guo et al. 2025, stage 1): thresholds from 0.5 to 1.5 times
+/// `0.75 mean|w|` in 21 steps, each with its least-squares scale, and the one with the least error wins. The trits keep
+/// the weights above the threshold.
+pub(crate) fn search_threshold(weights: &[f32]) -> (f32, f32) {
+    let start = 0.75 * weights.iter().map(|w| w.abs()).sum::<f32>() / weights.len().max(1) as f32;
+    let (mut gain, mut best) = (-1.0, (0.0, 0.0));
+    for step in 0..21 {
+        let threshold = (0.5 + 0.05 * step as f32) * start;
+        let kept = weights.iter().map(|w| w.abs()).filter(|w| *w > threshold);
+        let (sum, count) = kept.fold((0.0f32, 0.0f32), |(sum, count), w| (sum + w, count + 1.0));
+        if count > 0.0 && sum * sum / count > gain {
+            (gain, best) = (sum * sum / count, (threshold, sum / count));
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn error(weights: &[f32], importance: &[f32], scales: &[f32]) -> f32 {
+        let levels = Levels::new(scales);
+        weights.iter().zip(importance).map(|(w, h)| h * (w - levels.nearest(*w).0).powi(2)).sum()
+    }
+
+    proptest! {
+        #[test]
+        fn no_scale_fits_better_than_the_fitted_one(
+            pairs in prop::collection::vec((-2f32..2.0, 0.01f32..3.0), 1..64),
+            other in 0f32..3.0,
+        ) {
+            let (weights, importance): (Vec<f32>, Vec<f32>) = pairs.into_iter().unzip();
+            let scale = fit_scales(&weights, &importance, 1)[0];
+            let (found, other) = (error(&weights, &importance, &[scale]), error(&weights, &importance, &[other]));
+            prop_assert!(found <= other * 1.0001 + 1e-5, "{found} {other}");
+        }
+
+        #[test]
+        fn planes_lower_the_error(weights in prop::collection::vec(-2f32..2.0, 8..64)) {
+            let importance = vec![1.0; weights.len()];
+            let errors = [1, 2, 3].map(|planes| {
+                error(&weights, &importance, &fit_scales(&weights, &importance, planes)[..planes])
+            });
+            prop_assert!(errors[1] <= errors[0] + 1e-5 && errors[2] <= errors[0] + 1e-5, "{errors:?}");
+        }
+
+        #[test]
+        fn the_exact_fit_is_at_least_as_good_as_the_search(weights in prop::collection::vec(-2f32..2.0, 1..64)) {
+            let (threshold, scale) = search_threshold(&weights);
+            let searched: f32 = weights
+                .iter()
+                .map(|w| (w - if w.abs() > threshold { scale.copysign(*w) } else { 0.0 }).powi(2))
+                .sum();
+            let importance = vec![1.0; weights.len()];
+            let fitted = error(&weights, &importance, &fit_scales(&weights, &importance, 1)[..1]);
+            prop_assert!(fitted <= searched * 1.0001 + 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_group_of_zeros_gets_no_scale() {
+        assert_eq!(fit_scales(&[0.0; 8], &[1.0; 8], 2), [0.0; MAX_PLANES]);
+        assert_eq!(search_threshold(&[0.0; 8]), (0.0, 0.0));
+    }
+}

@@ -1,0 +1,128 @@
+//! One matrix made ternary: the steps of a method in their order.
+
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+use rayon::prelude::*;
+use ternoss_backends::{FormatError, Rotation};
+use ternoss_quant::{PackedTernary, TernaryConfig, TernaryParts, absmean};
+
+use crate::{
+    Method, Steps,
+    compensate::compensate,
+    moments::Statistics,
+    refine::{refit_scales, sweep},
+    report::MatrixReport,
+    solution::{Geometry, Solution, host},
+};
+
+/// Damping of the refinements, in mean diagonal elements of `H`.
+const DAMPING: f32 = 1e-4;
+
+/// How matrices become ternary.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Recipe {
+    pub(crate) method: Method,
+    pub(crate) steps: Steps,
+    pub(crate) ternary: TernaryConfig,
+    pub(crate) planes: usize,
+}
+
+/// A matrix that became ternary.
+pub(crate) struct Ternarized<B: Backend> {
+    pub(crate) packed: PackedTernary,
+    /// What the bias has to gain, `[rows]`, where that was asked for.
+    pub(crate) bias_shift: Option<Tensor<B, 1>>,
+    /// Squared error of the outputs over their square, on the calibration text; of the weights where there is none.
+    pub(crate) relative_error: f64,
+    /// Share of trits that are zero.
+    pub(crate) zeros: f64,
+}
+
+impl<B: Backend> Ternarized<B> {
+    /// What there is to say of it.
+    pub(crate) fn report(&self, name: String, tokens: usize) -> MatrixReport {
+        MatrixReport { name, relative_error: self.relative_error, zeros: self.zeros, tokens }
+    }
+}
+
+impl Recipe {
+    /// Makes `weight` (`[rows, in_features]`, row-major) ternary. Without statistics every group is fitted on its own.
+    pub(crate) fn ternarize<B: Backend>(
+        &self,
+        mut weight: Vec<f32>,
+        [in_features, rows]: [usize; 2],
+        statistics: Option<&Statistics<B>>,
+        device: &B::Device,
+    ) -> Result<Ternarized<B>, FormatError> {
+        if let Some(rotation) = self.ternary.rotation {
+            rotate_rows(&mut weight, in_features, rotation);
+        }
+        let weight = Tensor::<B, 2>::from_data(TensorData::new(weight, [rows, in_features]), device);
+        let target = match statistics {
+            Some(statistics) if self.steps.regression => weight.clone().matmul(statistics.regression.clone()),
+            _ => weight.clone(),
+        };
+        let parts = self.parts(&target, statistics, device);
+        let packed = PackedTernary::pack(&parts, self.ternary.format, self.ternary.rotation)?;
+        let dense = parts.iter().map(TernaryParts::to_dense).reduce(|sum, plane| sum + plane);
+        let dense = dense.ok_or(FormatError::Empty { what: "planes" })?;
+        let bias_shift = statistics.filter(|_| self.steps.bias).map(|statistics| {
+            let wanted = weight.matmul(statistics.teacher.clone().transpose());
+            let given = dense.clone().matmul(statistics.student.clone().transpose());
+            (wanted - given).squeeze_dim(1)
+        });
+        let power = |x: Tensor<B, 2>| match statistics {
+            Some(statistics) => sum(x.clone().matmul(statistics.second.clone()) * x),
+            None => sum(x.square()),
+        };
+        let nonzero: f64 = parts.iter().map(|part| sum(part.trits.clone().square())).sum();
+        Ok(Ternarized {
+            packed,
+            bias_shift,
+            relative_error: power(target.clone() - dense) / power(target).max(f64::MIN_POSITIVE),
+            zeros: 1.0 - nonzero / (parts.len() * rows * in_features) as f64,
+        })
+    }
+
+    fn parts<B: Backend>(
+        &self,
+        target: &Tensor<B, 2>,
+        statistics: Option<&Statistics<B>>,
+        device: &B::Device,
+    ) -> Vec<TernaryParts<B>> {
+        if self.method == Method::Absmean {
+            return vec![absmean(target.clone(), self.ternary.granularity)];
+        }
+        let [rows, in_features] = target.dims();
+        let group_size = self.ternary.granularity.group_size();
+        let geometry = Geometry { rows, in_features, group_size, planes: self.planes };
+        let mut solution = match statistics {
+            Some(statistics) if self.steps.compensation => compensate(target, &statistics.factor, geometry),
+            _ if self.method == Method::PtBitnet && self.planes == 1 => {
+                Solution::searched(&host(target.clone()), geometry)
+            }
+            _ => Solution::fitted(&host(target.clone()), geometry),
+        };
+        // Below five tokens an input the statistics are too thin to be followed that closely.
+        if let Some(statistics) = statistics.filter(|s| self.steps.sweeps > 0 && s.tokens >= 5 * in_features) {
+            let diagonal = statistics.second.clone() * Tensor::eye(in_features, device);
+            let damping = sum(diagonal) as f32 / in_features as f32 * DAMPING;
+            let second = statistics.second.clone() + Tensor::eye(in_features, device) * damping;
+            for _ in 0..self.steps.sweeps {
+                refit_scales(&mut solution, target, &second);
+                sweep(&mut solution, target, &second);
+            }
+            refit_scales(&mut solution, target, &second);
+        }
+        solution.parts(device)
+    }
+}
+
+/// Every row of a matrix rotated.
+pub(crate) fn rotate_rows(rows: &mut [f32], in_features: usize, rotation: Rotation) {
+    rows.par_chunks_mut(in_features).for_each(|row| rotation.rotate(row));
+}
+
+/// In double precision and a fixed order, so that it does not depend on the thread count.
+fn sum<B: Backend>(values: Tensor<B, 2>) -> f64 {
+    values.sum_dim(1).into_data().iter::<f32>().map(f64::from).sum()
+}
