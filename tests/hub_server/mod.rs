@@ -1,4 +1,5 @@
 //! A hub on this machine: the requests a download makes, answered from memory, with the faults a network has.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -10,7 +11,7 @@ use std::{
 
 use ring::digest;
 
-/// The only model there is.
+/// The model there is, unless the server was started with another name for it.
 pub(crate) const MODEL: &str = "org/tiny";
 /// A model that takes [`TOKEN`].
 pub(crate) const GATED: &str = "org/gated";
@@ -73,6 +74,7 @@ pub(crate) struct HubServer {
 }
 
 struct Shared {
+    model: String,
     files: Mutex<Vec<RepoFile>>,
     faults: Mutex<Faults>,
     fetched: Mutex<Vec<(String, usize)>>,
@@ -81,10 +83,19 @@ struct Shared {
 impl HubServer {
     /// Serves `files` as [`MODEL`] and as [`GATED`].
     pub(crate) fn start(files: Vec<RepoFile>) -> Self {
+        Self::start_as(MODEL, files)
+    }
+
+    /// Serves `files` as `model` and as [`GATED`].
+    pub(crate) fn start_as(model: &str, files: Vec<RepoFile>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
-        let shared = Shared { files: Mutex::new(files), faults: Mutex::default(), fetched: Mutex::default() };
-        let shared = Arc::new(shared);
+        let shared = Arc::new(Shared {
+            model: model.into(),
+            files: Mutex::new(files),
+            faults: Mutex::default(),
+            fetched: Mutex::default(),
+        });
         let server = Self { address: address.clone(), shared: shared.clone() };
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -159,9 +170,9 @@ impl Shared {
         }
         if let Some(rest) = path.strip_prefix("/api/models/") {
             let (repo, revision) = rest.split_once("/revision/")?;
-            return match (repo == MODEL || repo == GATED, revision == "main" || revision == COMMIT) {
+            return match (self.serves(repo), revision == "main" || revision == COMMIT) {
                 (true, true) => {
-                    head(&stream, "200 OK", "Content-Type: application/json\r\n", listing(&files).as_bytes())
+                    head(&stream, "200 OK", "Content-Type: application/json\r\n", listing(repo, &files).as_bytes())
                 }
                 (true, false) => refuse(&stream, "404 Not Found", "RevisionNotFound"),
                 (false, _) if repo == "org/private" => refuse(&stream, "401 Unauthorized", "RepoNotFound"),
@@ -174,7 +185,7 @@ impl Shared {
         match file {
             _ if gated => refuse(&stream, "401 Unauthorized", "GatedRepo"),
             None => refuse(&stream, "404 Not Found", "EntryNotFound"),
-            Some(_) if repo != MODEL && repo != GATED => refuse(&stream, "404 Not Found", "RepoNotFound"),
+            Some(_) if !self.serves(repo) => refuse(&stream, "404 Not Found", "RepoNotFound"),
             Some(file) if file.large => {
                 let (oid, size) = (&file.oid, file.data.len());
                 let headers = format!(
@@ -187,6 +198,10 @@ impl Shared {
                 self.content(stream, &request, file, &headers)
             }
         }
+    }
+
+    fn serves(&self, repo: &str) -> bool {
+        repo == self.model || repo == GATED
     }
 
     fn content(&self, mut stream: TcpStream, request: &Request, file: &RepoFile, headers: &str) -> Option<()> {
@@ -222,7 +237,7 @@ impl Shared {
     }
 }
 
-fn listing(files: &[RepoFile]) -> String {
+fn listing(repo: &str, files: &[RepoFile]) -> String {
     let sibling = |file: &RepoFile| {
         let (name, size, oid) = (&file.name, file.data.len(), &file.oid);
         match file.large {
@@ -233,7 +248,7 @@ fn listing(files: &[RepoFile]) -> String {
         }
     };
     let siblings: Vec<_> = files.iter().map(sibling).collect();
-    format!(r#"{{"id": "{MODEL}", "sha": "{COMMIT}", "siblings": [{}]}}"#, siblings.join(", "))
+    format!(r#"{{"id": "{repo}", "sha": "{COMMIT}", "siblings": [{}]}}"#, siblings.join(", "))
 }
 
 fn refuse(stream: &TcpStream, status: &str, code: &str) -> Option<()> {

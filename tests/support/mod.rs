@@ -1,6 +1,8 @@
 //! What several test files share: fixtures and golden tensors.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod folder;
+
 use std::{
     collections::HashMap,
     fs,
@@ -42,6 +44,19 @@ pub(crate) fn ternoss_err(args: &[&str]) -> String {
     assert!(lines[0].starts_with("error: "), "{stderr}");
     assert!(lines.len() == 1 || (lines.len() == 2 && lines[1].starts_with("hint: ")), "{stderr}");
     stderr
+}
+
+/// The names in a folder, sorted.
+pub(crate) fn listing(folder: &Path) -> Vec<String> {
+    let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+/// Token ids as the program takes them.
+pub(crate) fn comma_separated(ids: &[u32]) -> String {
+    ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// Copies a model folder, so that a test may damage it.
