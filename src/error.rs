@@ -50,6 +50,9 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
     });
     match checkpoint {
         Some(CheckpointError::OutputExists { .. }) => Some("pass --overwrite to replace it"),
+        Some(CheckpointError::OtherSettings { .. }) => {
+            Some("finish it with its own settings, or pass --overwrite to start anew")
+        }
         Some(
             CheckpointError::MissingShard { .. } | CheckpointError::Truncated { .. } | CheckpointError::Header { .. },
         ) => Some("the download may be incomplete: `ternoss download` continues it"),

@@ -10,7 +10,7 @@ use ternoss_backends::{FormatError, TernaryBackend, reference::rotate, ternary_l
 
 use crate::{PackedTernary, TernaryConfig, TernaryTensor, absmax, absmean};
 
-/// `y = Q8(x) T(W)^T + b`: 8-bit activations, one scale a token ([`absmax`]), times ternary weights ([`absmean`]).
+/// `y = Q8(x) T(W)^T + b`: 8-bit activations, one scale a token ([`absmax`]), times ternary weights ([`mod@absmean`]).
 ///
 /// The weight is *latent* (float, ternarized anew in every forward pass, straight-through gradient: for training and
 /// calibration) or *packed* (codes and scales, for inference). Both compute the same function: equal codes, outputs

@@ -2,7 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`absmean`] | weights to trits and scales: `a = mean|W|`, `t = clip(round(W/a), -1, 1)` |
+//! | [`mod@absmean`] | weights to trits and scales: `a = mean|W|`, `t = clip(round(W/a), -1, 1)` |
 //! | [`absmax`] | activations to 8 bits: `s = max|x|/127`, `q = clamp(round(x/s), -127, 127)` |
 //! | [`ternary_tensor`] | packed trits and scales as a Burn module |
 //! | [`bit_linear`] | [`BitLinear`]: a linear layer whose weight is latent (trainable) or packed |

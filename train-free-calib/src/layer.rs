@@ -54,6 +54,30 @@ impl<B: TernaryBackend> Activations<B> {
         Ok(Self { student: teacher.clone(), teacher })
     }
 
+    /// Both streams as bytes, to go on from after an interruption.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let windows = self.teacher.iter().chain(&self.student);
+        windows.flat_map(|window| host(window.clone())).flat_map(f32::to_le_bytes).collect()
+    }
+
+    /// Takes over what [`to_bytes`](Self::to_bytes) gave; `false` if it is not of this size.
+    pub(crate) fn set_bytes(&mut self, bytes: &[u8]) -> bool {
+        let (floats, rest) = bytes.as_chunks::<4>();
+        let sizes = self.teacher.iter().chain(&self.student).map(|window| window.dims());
+        if !rest.is_empty() || floats.len() != sizes.map(|[tokens, hidden]| tokens * hidden).sum::<usize>() {
+            return false;
+        }
+        let mut left = floats;
+        for window in self.teacher.iter_mut().chain(&mut self.student) {
+            let shape = window.dims();
+            let (own, after) = left.split_at(shape[0] * shape[1]);
+            let values: Vec<f32> = own.iter().map(|float| f32::from_le_bytes(*float)).collect();
+            *window = Tensor::from_data(TensorData::new(values, shape), &window.device());
+            left = after;
+        }
+        true
+    }
+
     /// Tokens of all windows.
     pub(crate) fn tokens(&self) -> usize {
         self.teacher.iter().map(|window| window.dims()[0]).sum()

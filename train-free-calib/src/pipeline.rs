@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use ternoss_backends::{FormatError, Rotation, TernaryBackend, TernaryLayout};
 use ternoss_model::{
@@ -92,6 +93,12 @@ pub enum CalibError {
         /// The folder.
         folder: String,
     },
+    /// What an interrupted run left to go on from is damaged.
+    #[error("{name} in the unfinished output is damaged: remove the folder to start anew")]
+    Activations {
+        /// The file.
+        name: String,
+    },
     /// There is nothing left to quantize.
     #[error("{folder} is ternary already")]
     AlreadyTernary {
@@ -135,6 +142,7 @@ pub fn ternary_weights(checkpoint: &Checkpoint) -> usize {
 /// Peak memory without a text is one layer's packed weights and four expert matrices in f32 with their temporaries:
 /// 0.8 GB for gpt-oss-20b. With a text it is a layer's packed weights, some matrices in f32, and the activations of
 /// the text twice. Every tensor is scanned for NaN and infinity. The output is whole or not there (see [`FolderWriter`]).
+/// A run that was killed goes on at the first layer that was not done, and gives the same bytes.
 ///
 /// # Errors
 /// [`CalibError`], naming the file, the tensor, and what was expected.
@@ -157,39 +165,41 @@ pub fn quantize<B: TernaryBackend>(
     }
     let recipe = recipe(options)?;
     let layers = checkpoint.config().num_hidden_layers();
-    let mut job = Job::<B> { checkpoint, recipe, device, progress, ternary_bytes: 0, copied_bytes: 0 };
+    let weights = ternary_weights(checkpoint);
+    let job = Job::<B> { checkpoint, recipe, device, progress };
     job.check_layout()?;
-    let mut activations = match calibration.filter(|_| recipe.steps.look_at_text()) {
+    let calibration = calibration.filter(|_| recipe.steps.look_at_text());
+    let mut activations = match calibration {
         Some(calibration) => Some(Activations::<B>::embed(checkpoint, calibration, device)?),
         None if recipe.steps.look_at_text() => return Err(CalibError::NoText { method: options.method }),
         None => None,
     };
     let mut config = read_config(checkpoint)?;
-    let mut writer = FolderWriter::create(output, layers + 1, options.overwrite)?;
-    job.check_finite(None)?;
-    writer.shard(0, job.copied(None, &[])?)?;
-    let mut reports = Vec::with_capacity(layers);
-    for number in 0..layers {
-        job.check_finite(Some(number))?;
-        let layer = match &mut activations {
-            Some(activations) => {
-                LayerCalibration::new(checkpoint, number, &job.recipe, device, progress)?.run(activations)?
-            }
-            None => job.layer(number)?,
-        };
-        job.ternary_bytes += layer.matrices.iter().map(|(_, packed)| packed.layout.bytes()).sum::<usize>();
-        let mut tensors = job.copied(Some(number), &layer.biases)?;
-        for (path, matrices) in &layer.matrices {
-            tensors.extend(OutputTensor::ternary(path, matrices));
+    let settings = json!({
+        "method": recipe.method,
+        "steps": recipe.steps,
+        "scales and packing": recipe.ternary,
+        "planes": recipe.planes,
+        "calibration text": calibration.map(Calibration::fingerprint),
+        "model": checkpoint.stamp(),
+    });
+    let (mut writer, notes) = FolderWriter::resume(output, layers + 1, options.overwrite, &settings)?;
+    let mut done: Vec<Done> = notes.into_iter().map_while(|note| serde_json::from_value(note).ok()).collect();
+    if let (Some(activations), 2..) = (&mut activations, done.len()) {
+        let name = activations_file(done.len() - 1);
+        if !activations.set_bytes(&writer.read(&name)?) {
+            return Err(CalibError::Activations { name });
         }
-        for (name, shape, values) in &layer.biases {
-            job.copied_bytes += size_of_val(values.as_slice());
-            tensors.push((name.clone(), OutputTensor::floats(shape.clone(), values)));
-        }
-        writer.shard(number + 1, tensors)?;
-        reports.push(layer.report);
     }
-    let weights = ternary_weights(checkpoint);
+    progress(weights / layers * done.len().saturating_sub(1));
+    for step in done.len()..=layers {
+        let finished = job.step(step, activations.as_mut(), &mut writer)?;
+        writer.commit(step, &json!(finished))?;
+        writer.remove(&activations_file(step.saturating_sub(1)));
+        done.push(finished);
+    }
+    writer.remove(&activations_file(layers));
+    let ternary_bytes = done.iter().map(|step| step.ternary_bytes).sum();
     let report = Report {
         method: options.method,
         steps: recipe.steps,
@@ -197,10 +207,10 @@ pub fn quantize<B: TernaryBackend>(
         planes: recipe.planes,
         calibration_tokens: activations.as_ref().map_or(0, Activations::tokens),
         ternary_weights: weights,
-        ternary_bytes: job.ternary_bytes,
-        full_precision_bytes: job.copied_bytes,
-        bits_per_weight: 8.0 * job.ternary_bytes as f64 / weights as f64,
-        layers: reports,
+        ternary_bytes,
+        full_precision_bytes: done.iter().map(|step| step.full_precision_bytes).sum(),
+        bits_per_weight: 8.0 * ternary_bytes as f64 / weights as f64,
+        layers: done.into_iter().filter_map(|step| step.layer).collect(),
     };
     for name in COMPANIONS {
         writer.copy(checkpoint.folder(), name)?;
@@ -250,8 +260,20 @@ struct Job<'a, B: TernaryBackend> {
     recipe: Recipe,
     device: &'a B::Device,
     progress: &'a (dyn Fn(usize) + Sync),
+}
+
+/// One weight file that is done.
+#[derive(Serialize, Deserialize)]
+struct Done {
     ternary_bytes: usize,
-    copied_bytes: usize,
+    full_precision_bytes: usize,
+    /// What became of the layer in it; the first file has none.
+    layer: Option<LayerReport>,
+}
+
+/// The activations after so many layers.
+fn activations_file(layers: usize) -> String {
+    format!("activations-{layers:05}.bin")
 }
 
 impl<'a, B: TernaryBackend> Job<'a, B> {
@@ -267,6 +289,38 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
             rotation: self.recipe.ternary.rotation,
         }
         .validate()
+    }
+
+    /// Weight file `step`: what belongs to no layer, then the layers.
+    fn step(
+        &self,
+        step: usize,
+        activations: Option<&mut Activations<B>>,
+        writer: &mut FolderWriter,
+    ) -> Result<Done, CalibError> {
+        let number = step.checked_sub(1);
+        self.check_finite(number)?;
+        let layer = match (number, activations) {
+            (None, _) => TernaryLayer::default(),
+            (Some(number), None) => self.layer(number)?,
+            (Some(number), Some(activations)) => {
+                let layer = LayerCalibration::new(self.checkpoint, number, &self.recipe, self.device, self.progress)?;
+                let layer = layer.run(activations)?;
+                writer.file(&activations_file(step), &activations.to_bytes())?;
+                layer
+            }
+        };
+        let mut tensors = self.copied(number, &layer.biases)?;
+        for (name, shape, values) in &layer.biases {
+            tensors.push((name.clone(), OutputTensor::floats(shape.clone(), values)));
+        }
+        let full_precision_bytes = tensors.iter().map(|(_, tensor)| tensor.bytes()).sum();
+        for (path, matrices) in &layer.matrices {
+            tensors.extend(OutputTensor::ternary(path, matrices));
+        }
+        writer.shard(step, tensors)?;
+        let ternary_bytes = layer.matrices.iter().map(|(_, packed)| packed.layout.bytes()).sum();
+        Ok(Done { ternary_bytes, full_precision_bytes, layer: number.map(|_| layer.report) })
     }
 
     /// All ternary matrices of a layer, without looking at a text.
@@ -331,7 +385,7 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
 
     /// The tensors of a layer, or of no layer, that stay as they are; `biases` do not.
     fn copied<'b>(
-        &mut self,
+        &self,
         layer: Option<usize>,
         biases: &[ChangedBias],
     ) -> Result<Vec<(String, OutputTensor<'b>)>, CalibError>
@@ -342,7 +396,6 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         let mut tensors = Vec::new();
         for name in self.full_precision(layer) {
             if !biases.iter().any(|(changed, ..)| changed == name) {
-                self.copied_bytes += checkpoint.bytes(name)?.len();
                 tensors.push((name.to_string(), OutputTensor::copied(checkpoint, name)?));
             }
         }

@@ -24,7 +24,7 @@ pub struct AttentionSpec {
 
 /// A Burn backend that can run the operations of this crate.
 ///
-/// Every function has a default that computes the same with Burn's own operations ([`reference`](crate::reference)), so
+/// Every function has a default that computes the same with Burn's own operations ([`mod@reference`]), so
 /// an empty `impl` makes any backend work; a backend overrides what it has a kernel for. Float arguments are `F32`,
 /// shapes have been checked.
 pub trait TernaryBackend: Backend {

@@ -137,6 +137,18 @@ pub enum CheckpointError {
         /// The output folder.
         path: PathBuf,
     },
+    /// The unfinished output is another run's.
+    #[error("{} is unfinished and was started with other settings: {setting} was {before}, now {now}", path.display())]
+    OtherSettings {
+        /// The unfinished folder.
+        path: PathBuf,
+        /// Which setting differs.
+        setting: String,
+        /// What it was.
+        before: String,
+        /// What it is now.
+        now: String,
+    },
     /// A file just written does not read back as it should.
     #[error("{}: what was written does not read back: {reason}", path.display())]
     Verify {

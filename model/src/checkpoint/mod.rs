@@ -6,6 +6,7 @@
 mod error;
 mod load;
 mod names;
+mod resume;
 mod weights;
 mod write;
 
@@ -100,6 +101,14 @@ impl Checkpoint {
     /// Sizes and switches of the model.
     pub fn config(&self) -> &GptOssConfig {
         &self.inner.config
+    }
+
+    /// What tells this checkpoint from another version of it without reading its weights: its configuration's text, and
+    /// size and time of change of its files.
+    pub fn stamp(&self) -> serde_json::Value {
+        let files: Vec<_> = self.inner.files.iter().map(|(path, _)| resume::file_stamp(path)).collect();
+        let config = std::fs::read_to_string(self.inner.folder.join(CONFIG_FILE)).unwrap_or_default();
+        serde_json::json!({ "config": config, "files": files })
     }
 
     /// All tensors by name.

@@ -50,6 +50,11 @@ impl<'a> OutputTensor<'a> {
         Self::new(Dtype::F32, shape, Cow::Borrowed(bytemuck::cast_slice(values)))
     }
 
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        self.data_len()
+    }
+
     /// The tensors of a ternary weight, with their names.
     pub fn ternary(path: &TernaryPath, packed: &'a PackedTernary) -> Vec<(String, Self)> {
         let layout = packed.layout;
@@ -98,15 +103,16 @@ impl View for OutputTensor<'_> {
     }
 }
 
-/// A model folder being written. Dropped before [`finish`](Self::finish), it removes what it wrote.
+/// A model folder being written. Dropped before [`finish`](Self::finish), after an error, it removes what it wrote; a
+/// process that is killed leaves it to be [resumed](Self::resume).
 #[derive(Debug)]
 pub struct FolderWriter {
     output: PathBuf,
-    partial: PathBuf,
+    pub(super) partial: PathBuf,
     overwrite: bool,
-    shards: usize,
-    weight_map: BTreeMap<String, String>,
-    total_size: usize,
+    pub(super) shards: usize,
+    pub(super) weight_map: BTreeMap<String, String>,
+    pub(super) total_size: usize,
     finished: bool,
 }
 
@@ -117,29 +123,48 @@ impl FolderWriter {
     /// [`CheckpointError::OutputExists`] unless `overwrite`, [`CheckpointError::NotReplaceable`] when what is there is
     /// no model; [`CheckpointError::Io`] when the place is not writable.
     pub fn create(output: &Path, shards: usize, overwrite: bool) -> Result<Self, CheckpointError> {
+        Self::check_output(output, overwrite)?;
+        let partial = Self::partial_of(output);
+        let failed = |source| CheckpointError::io(&partial, source);
+        if partial.exists() {
+            fs::remove_dir_all(&partial).map_err(failed)?;
+        }
+        fs::create_dir_all(&partial).map_err(failed)?;
+        Ok(Self::in_folder(output, partial, shards, overwrite))
+    }
+
+    /// Refuses an output that may not be replaced.
+    pub(super) fn check_output(output: &Path, overwrite: bool) -> Result<(), CheckpointError> {
         if output.exists() && !overwrite {
             return Err(CheckpointError::OutputExists { path: output.into() });
         }
         if output.exists() && !is_replaceable(output) {
             return Err(CheckpointError::NotReplaceable { path: output.into() });
         }
+        Ok(())
+    }
+
+    /// Where the folder is until it is whole.
+    pub(super) fn partial_of(output: &Path) -> PathBuf {
         let mut name = output.file_name().unwrap_or(output.as_os_str()).to_owned();
         name.push(".partial");
-        let partial = output.with_file_name(name);
-        let failed = |source| CheckpointError::io(&partial, source);
-        if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(failed)?;
-        }
-        fs::create_dir_all(&partial).map_err(failed)?;
-        Ok(Self {
+        output.with_file_name(name)
+    }
+
+    pub(super) fn in_folder(output: &Path, partial: PathBuf, shards: usize, overwrite: bool) -> Self {
+        Self {
             output: output.into(),
-            partial: partial.clone(),
+            partial,
             overwrite,
             shards,
             weight_map: BTreeMap::new(),
             total_size: 0,
             finished: false,
-        })
+        }
+    }
+
+    pub(super) fn shard_name(&self, number: usize) -> String {
+        format!("model-{:05}-of-{:05}.safetensors", number + 1, self.shards)
     }
 
     /// Writes, syncs and reads back weight file `number` (from 0).
@@ -147,7 +172,7 @@ impl FolderWriter {
     /// # Errors
     /// [`CheckpointError`] when the disk is full, fails, or returns something else than was written.
     pub fn shard(&mut self, number: usize, tensors: Vec<(String, OutputTensor<'_>)>) -> Result<(), CheckpointError> {
-        let file = format!("model-{:05}-of-{:05}.safetensors", number + 1, self.shards);
+        let file = self.shard_name(number);
         let path = self.partial.join(&file);
         let expected: BTreeMap<String, (Dtype, Vec<usize>)> =
             tensors.iter().map(|(name, t)| (name.clone(), (t.dtype, t.shape.clone()))).collect();
@@ -194,10 +219,14 @@ impl FolderWriter {
         let index = json!({ "metadata": { "total_size": self.total_size }, "weight_map": self.weight_map });
         self.file(INDEX_FILE, pretty(&index).as_bytes())?;
         self.file(CONFIG_FILE, pretty(config).as_bytes())?;
+        self.remove_notes();
         sync(&self.partial)?;
         let failed = |source| CheckpointError::io(&self.output, source);
         // What is replaced goes last: at no moment is neither of the two there.
         let replaced = self.partial.with_extension("replaced");
+        if replaced.exists() {
+            fs::remove_dir_all(&replaced).map_err(failed)?;
+        }
         if self.overwrite && self.output.exists() {
             fs::rename(&self.output, &replaced).map_err(failed)?;
         }

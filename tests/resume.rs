@@ -1,0 +1,142 @@
+//! A quantization that is killed goes on where it was.
+#![cfg(feature = "cli")]
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use support::{example, ternoss_err, ternoss_ok};
+
+fn arguments(output: &Path, method: &str) -> Vec<String> {
+    let (model, text) = (example("tiny-gpt-oss"), example("text/prose_test.txt"));
+    let few = ["--calibration-tokens", "4096", "--calibration-context", "128", "--method", method];
+    let paths = [("--model", model.as_path()), ("--output", output), ("--calibration", text.as_path())];
+    let paths = paths.iter().flat_map(|(name, path)| [name.to_string(), path.to_str().unwrap().into()]);
+    std::iter::once("quantize".into()).chain(paths).chain(few.map(String::from)).collect()
+}
+
+fn quantize(output: &Path, method: &str) {
+    ternoss_ok(&arguments(output, method).iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+/// Starts a run and kills it once `enough`; whether it was still at work then.
+fn killed(arguments: &[String], mut enough: impl FnMut() -> bool) -> bool {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ternoss"));
+    let mut child = command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while !enough() && child.try_wait().unwrap().is_none() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let at_work = child.try_wait().unwrap().is_none();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    at_work
+}
+
+fn assert_same(one: &Path, other: &Path) {
+    let (one, other) = (contents(one), contents(other));
+    assert_eq!(one.keys().collect::<Vec<_>>(), other.keys().collect::<Vec<_>>());
+    for (name, bytes) in one {
+        assert!(bytes == other[&name], "{} differs", name.display());
+    }
+}
+
+fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.map(|path| (path.file_name().unwrap().into(), fs::read(&path).unwrap())).collect()
+}
+
+fn steps(partial: &Path) -> usize {
+    let entries = fs::read_dir(partial).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    entries.filter(|name| name.to_string_lossy().starts_with("step-")).count()
+}
+
+/// Ten kills at moments spread over the run; every run keeps what those before it had finished.
+fn kills_change_nothing(method: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
+    let started = Instant::now();
+    quantize(&whole, method);
+    let duration = started.elapsed();
+    let partial = folder.path().join("broken.partial");
+    let mut finished = 0;
+    // Multiples of the golden ratio, modulo 1: spread like random numbers, and the same each time.
+    for share in (1..=10).map(|i| f64::from(i) * 0.618_034 % 1.0) {
+        let started = Instant::now();
+        if !killed(&arguments(&broken, method), || started.elapsed() > duration.mul_f64(share)) {
+            break;
+        }
+        assert!(!broken.exists(), "a half-written model looks whole");
+        assert!(steps(&partial) >= finished, "a run threw away what was finished");
+        finished = steps(&partial);
+    }
+    if !broken.exists() {
+        quantize(&broken, method);
+    }
+    assert!(!partial.exists());
+    assert_same(&whole, &broken);
+}
+
+#[test]
+fn a_calibration_killed_again_and_again_gives_the_same_bytes() {
+    kills_change_nothing("ternoss");
+}
+
+#[test]
+fn rounding_killed_again_and_again_gives_the_same_bytes() {
+    kills_change_nothing("absmean");
+}
+
+#[test]
+fn other_settings_are_refused_with_the_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("output");
+    let partial = folder.path().join("output.partial");
+    assert!(killed(&arguments(&output, "ternoss"), || steps(&partial) >= 2), "the run ended before it could be killed");
+    let refused = |change: &[&str], reason: &str| {
+        let arguments = arguments(&output, "ternoss");
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(change.iter().copied()).collect();
+        let error = ternoss_err(&arguments);
+        assert!(error.contains("started with other settings") && error.contains(reason), "{error}");
+        assert_eq!(error.lines().count(), 2, "a hint");
+    };
+    refused(&["--planes", "2"], "planes was 1, now 2");
+    refused(&["--without", "bias"], "steps was");
+    refused(&["--group-size", "128"], "scales and packing was");
+    assert!(steps(&partial) >= 2, "nothing was thrown away");
+
+    // With --overwrite another run starts anew.
+    let mut other = arguments(&output, "absmean");
+    other.push("--overwrite".into());
+    ternoss_ok(&other.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(!partial.exists() && output.join("config.json").exists());
+}
+
+#[test]
+fn a_changed_text_or_model_is_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, text) = (folder.path().join("model"), folder.path().join("text.txt"));
+    support::copy_folder(&example("tiny-gpt-oss"), &model);
+    let words = fs::read_to_string(example("text/prose_test.txt")).unwrap();
+    fs::write(&text, &words).unwrap();
+    let output = folder.path().join("output");
+    let paths = [&model, &text, &output].map(|path| path.to_str().unwrap().to_string());
+    let arguments = ["quantize", "--model", &paths[0], "--calibration", &paths[1], "--output", &paths[2]];
+    let arguments = [&arguments[..], &["--calibration-tokens", "4096", "--calibration-context", "128"]].concat();
+    let partial = folder.path().join("output.partial");
+    let owned: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+    assert!(killed(&owned, || steps(&partial) >= 1), "the run ended before it could be killed");
+    fs::write(&text, &words[100..]).unwrap();
+    assert!(ternoss_err(&arguments).contains("calibration text was"));
+    fs::write(&text, &words).unwrap();
+    let weights = fs::read(model.join("model.safetensors")).unwrap();
+    fs::write(model.join("model.safetensors"), weights).unwrap();
+    assert!(ternoss_err(&arguments).contains("model was"));
+}
