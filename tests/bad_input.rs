@@ -226,7 +226,6 @@ fn a_configuration_no_model_can_have_is_refused_by_key() {
         ("num_hidden_layers", json!(5)),
         ("rms_norm_eps", json!(0)),
         ("swiglu_limit", json!(-7)),
-        ("rope_theta", json!(1)),
         ("layer_types", json!(["full_attention"])),
     ] {
         let key_in_message = if key == "num_hidden_layers" && value == json!(5) { "layer_types" } else { key };
@@ -240,6 +239,8 @@ fn a_configuration_no_model_can_have_is_refused_by_key() {
     refused(with_config("model_type", json!("llama")).path(), &["model_type is \"llama\""]);
     refused(with_config("rope_scaling", json!({ "rope_type": "longrope" })).path(), &["rope_type", "longrope"]);
     refused(with_config("rope_scaling", json!({ "rope_type": "yarn", "factor": 0 })).path(), &["rope_scaling.factor"]);
+    let theta = json!({ "rope_type": "default", "rope_theta": 1 });
+    refused(with_config("rope_scaling", theta).path(), &["config.json", "rope_theta", "expected"]);
     refused(with_config("quantization_config", json!({ "quant_method": "gptq" })).path(), &["quant_method", "gptq"]);
     let folder = with_config("vocab_size", json!(512));
     for contents in ["", "{", "[]", "null", &"[".repeat(100_000)] {

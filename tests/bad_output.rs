@@ -56,7 +56,7 @@ fn nothing_but_a_model_is_ever_replaced() {
     for output in [&file, &thesis] {
         for args in &writers(&fixture("tiny-bf16"), output)[..2] {
             refused(args, "exists already");
-            refused(&[args.as_slice(), &["--overwrite".into()]].concat(), "is no model folder: it is not replaced");
+            refused(&[args.as_slice(), &["--overwrite".into()]].concat(), "exists and is not replaced");
         }
     }
     refused(&writers(&fixture("tiny-bf16"), &thesis)[2], utf8(&thesis));
@@ -77,6 +77,16 @@ fn a_model_is_not_replaced_by_its_own_ternary_version() {
     }
     assert_eq!(listing(folder.path()), ["model"]);
     assert_eq!(listing(&model), before);
+
+    // Nor under the name that the unfinished output would have.
+    let partial = folder.path().join("other.partial");
+    fs::rename(&model, &partial).unwrap();
+    let args = &writers(&partial, &folder.path().join("other"))[0];
+    refused(args, "is the model's own folder");
+    assert_eq!(listing(&partial), before);
+    copy_folder(&partial, &model);
+    refused(&writers(&model, &folder.path().join("other"))[0], "exists and is not replaced");
+    assert_eq!(listing(&partial), before, "somebody's model");
 }
 
 #[test]

@@ -118,6 +118,9 @@ fn a_calibration_that_cannot_be_done_is_refused() {
     }
     with(&model, &["--method", "absmean", "--planes", "2"], "2 planes");
     with(&model, &[&calibration[..], &["--without", "thinking"]].concat(), "thinking");
+    with(&model, &["--method", "pt-bitnet", "--planes", "2"], "2 planes");
+    with(&model, &[&calibration[..], &["--group-size", "tensor"]].concat(), "one scale a matrix is for absmean only");
+    with(&model, &[&calibration[..], &["--method", "absmean"]].concat(), "looks at no calibration text");
     with(&fixture("tiny-bf16"), &calibration, "needs the model's tokenizer");
 }
 
@@ -148,4 +151,39 @@ fn weights_that_are_no_numbers_are_named() {
         assert_eq!(listing(folder.path()), ["broken"], "{name}");
     }
     assert!(unnoticed.is_empty(), "{unnoticed:#?}");
+}
+
+#[test]
+fn an_ablation_names_every_step_and_keeps_nothing() {
+    let (model, text) = (example("tiny-gpt-oss"), example("text/prose_test.txt"));
+    let few = ["--calibration-tokens", "768", "--calibration-context", "128", "--context", "64", "--max-tokens", "256"];
+    let args = [&["ablation", "--json", "--model", utf8(&model), "--text", utf8(&text)][..], &few].concat();
+    let rows: Vec<Value> = ternoss_ok(&args).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    let expected = ["full precision", "absmean", "fitted scales only", "pt-bitnet"];
+    assert_eq!(names[..4], expected);
+    for step in ["rotation", "regression", "compensation", "sweeps", "bias"] {
+        assert!(names.contains(&format!("ternoss without {step}").as_str()), "{names:?}");
+    }
+    assert!(rows.iter().all(|row| row["perplexity"].as_f64().unwrap() > 1.0), "{rows:?}");
+    let perplexity = |name: &str| rows.iter().find(|row| row["name"] == name).unwrap()["perplexity"].as_f64().unwrap();
+    assert!(perplexity("full precision") < perplexity("ternoss, planes: 2"));
+    assert!(perplexity("ternoss, planes: 2") < perplexity("absmean"));
+}
+
+#[test]
+fn a_model_agrees_with_itself_and_less_with_its_ternary_version() {
+    let folder = tempfile::tempdir().unwrap();
+    let ternary = calibrated(folder.path().join("ternary"), &[]);
+    let (model, text) = (example("tiny-gpt-oss"), example("text/prose_test.txt"));
+    let agreement = |student: &Path| -> (f64, f64) {
+        let args = ["perplexity", "--model", utf8(student), "--against", utf8(&model), "--text", utf8(&text)];
+        let few = ["--context", "64", "--max-tokens", "512", "--json"];
+        let object: Value = serde_json::from_str(&ternoss_ok(&[&args[..], &few].concat())).unwrap();
+        (object["kl_divergence"].as_f64().unwrap(), object["top_1"].as_f64().unwrap())
+    };
+    let (divergence, top_1) = agreement(&model);
+    assert!(divergence.abs() < 1e-5 && top_1 == 1.0, "{divergence} {top_1}");
+    let (divergence, top_1) = agreement(&ternary);
+    assert!(divergence > 0.01 && top_1 < 1.0 && top_1 > 0.3, "{divergence} {top_1}");
 }

@@ -17,10 +17,12 @@ use support::{example, ternoss_err, ternoss_ok};
 
 fn arguments(output: &Path, method: &str) -> Vec<String> {
     let (model, text) = (example("tiny-gpt-oss"), example("text/prose_test.txt"));
-    let few = ["--calibration-tokens", "4096", "--calibration-context", "128", "--method", method];
-    let paths = [("--model", model.as_path()), ("--output", output), ("--calibration", text.as_path())];
-    let paths = paths.iter().flat_map(|(name, path)| [name.to_string(), path.to_str().unwrap().into()]);
-    std::iter::once("quantize".into()).chain(paths).chain(few.map(String::from)).collect()
+    let [model, text, output] = [&model, &text, output].map(|path| path.to_str().unwrap());
+    let mut arguments = vec!["quantize", "--model", model, "--output", output, "--method", method];
+    if method != "absmean" {
+        arguments.extend(["--calibration", text, "--calibration-tokens", "4096", "--calibration-context", "128"]);
+    }
+    arguments.into_iter().map(String::from).collect()
 }
 
 fn quantize(output: &Path, method: &str) {
@@ -139,4 +141,50 @@ fn a_changed_text_or_model_is_noticed() {
     let weights = fs::read(model.join("model.safetensors")).unwrap();
     fs::write(model.join("model.safetensors"), weights).unwrap();
     assert!(ternoss_err(&arguments).contains("model was"));
+}
+
+#[test]
+fn two_runs_do_not_write_one_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let (output, partial) = (folder.path().join("output"), folder.path().join("output.partial"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ternoss"));
+    let command = command.args(arguments(&output, "ternoss")).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut first = command.spawn().unwrap();
+    while steps(&partial) < 1 && first.try_wait().unwrap().is_none() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let second = arguments(&output, "ternoss");
+    let error = ternoss_err(&second.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(error.contains("output.partial is being written by another process"), "{error}");
+    assert!(first.wait().unwrap().success(), "the first one was disturbed");
+    assert!(output.join("config.json").exists() && !partial.exists());
+}
+
+#[test]
+fn what_a_killed_run_left_is_not_in_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let (output, partial) = (folder.path().join("output"), folder.path().join("output.partial"));
+    assert!(killed(&arguments(&output, "ternoss"), || steps(&partial) >= 2), "the run ended before it could be killed");
+    // As after a kill between a note and the removal of what came before it.
+    fs::write(partial.join("activations-00000.bin"), "stale").unwrap();
+    fs::write(partial.join("step-00004.json.tmp"), "half").unwrap();
+    quantize(&output, "ternoss");
+    let extra = |name: &PathBuf| {
+        let name = name.to_string_lossy().into_owned();
+        ["activations", "step-", "resume", "lock"].iter().any(|prefix| name.starts_with(prefix))
+    };
+    assert_eq!(contents(&output).keys().find(|name| extra(name)), None);
+}
+
+#[test]
+fn a_damaged_weight_file_is_written_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, output) = (folder.path().join("whole"), folder.path().join("output"));
+    quantize(&whole, "absmean");
+    let partial = folder.path().join("output.partial");
+    if killed(&arguments(&output, "absmean"), || steps(&partial) >= 2) {
+        fs::write(partial.join("model-00001-of-00005.safetensors"), "damaged").unwrap();
+        quantize(&output, "absmean");
+    }
+    assert_same(&whole, &output);
 }

@@ -108,22 +108,6 @@ impl MappedFile {
         };
         Ok(TensorData::from_bytes(bytes, shape, dtype))
     }
-
-    /// Tells the system that reads will jump about, so that it does not read ahead. A hint: failure is ignored.
-    pub fn advise_random(&self) {
-        #[cfg(unix)]
-        let _ = self.map.advise(memmap2::Advice::Random);
-    }
-
-    /// Tells the system that a range will be read soon. A hint: failure is ignored.
-    pub fn advise_will_need(&self, range: Range<usize>) {
-        #[cfg(unix)]
-        if self.bytes(range.clone()).is_some() {
-            let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
-        }
-        #[cfg(not(unix))]
-        let _ = range;
-    }
 }
 
 /// Keeps the mapping alive for as long as a tensor points into it.

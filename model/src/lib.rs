@@ -42,4 +42,4 @@ pub use checkpoint::{Checkpoint, CheckpointError, ExpertPlacement, LoadOptions};
 pub use config::{ConfigError, GptOssConfig};
 pub use generate::{GenerateError, StopRules};
 pub use gpt_oss::{GptOss, TokenOutOfRange};
-pub use perplexity::{Perplexity, PerplexityError};
+pub use perplexity::{Agreement, Perplexity, PerplexityError};

@@ -23,6 +23,15 @@ impl Perplexity {
     }
 }
 
+/// How close a model's predictions come to another one's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Agreement {
+    /// Mean Kullback-Leibler divergence of its distribution from the other's, in nats.
+    pub kl_divergence: f64,
+    /// Share of positions at which both find the same token likeliest.
+    pub top_1: f64,
+}
+
 /// A text that cannot be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum PerplexityError {
@@ -46,6 +55,14 @@ pub enum PerplexityError {
         /// Number of the window, from 0.
         window: usize,
     },
+    /// Two models cannot be compared.
+    #[error("a model with {own} tokens in its vocabulary cannot be compared with one of {other}")]
+    Vocabulary {
+        /// Tokens this model has.
+        own: usize,
+        /// Tokens the other one has.
+        other: usize,
+    },
     /// The text holds a token the model does not know.
     #[error(transparent)]
     Token(#[from] TokenOutOfRange),
@@ -53,6 +70,17 @@ pub enum PerplexityError {
 
 /// Rows of logits in memory at once, in floats.
 const LOGITS_AT_ONCE: usize = 1 << 25;
+
+/// Whole windows of `context` tokens, the tail dropped.
+fn windows(tokens: &[u32], context: usize) -> Result<std::slice::ChunksExact<'_, u32>, PerplexityError> {
+    if context < 2 {
+        return Err(PerplexityError::Context { context });
+    }
+    if tokens.len() < context {
+        return Err(PerplexityError::TooShort { tokens: tokens.len(), context });
+    }
+    Ok(tokens.chunks_exact(context))
+}
 
 impl<B: TernaryBackend> GptOss<B> {
     /// Mean cross-entropy over non-overlapping windows of `context` tokens, the tail dropped; `progress` hears of
@@ -66,14 +94,8 @@ impl<B: TernaryBackend> GptOss<B> {
         context: usize,
         mut progress: impl FnMut(&Perplexity),
     ) -> Result<Perplexity, PerplexityError> {
-        if context < 2 {
-            return Err(PerplexityError::Context { context });
-        }
-        if tokens.len() < context {
-            return Err(PerplexityError::TooShort { tokens: tokens.len(), context });
-        }
         let mut sum = Perplexity { nll: 0.0, tokens: 0, windows: 0 };
-        for window in tokens.chunks_exact(context) {
+        for window in windows(tokens, context)? {
             sum.nll += self.log_likelihoods(window)?.iter().map(|l| -f64::from(*l)).sum::<f64>();
             sum.tokens += context - 1;
             if sum.nll.is_nan() {
@@ -83,6 +105,53 @@ impl<B: TernaryBackend> GptOss<B> {
             progress(&sum);
         }
         Ok(sum)
+    }
+
+    /// How close this model's predictions come to another one's, over the same windows as [`perplexity`](Self::perplexity):
+    /// the model it was made from, of the same vocabulary. `progress` hears of every window that is done.
+    ///
+    /// # Errors
+    /// [`PerplexityError`]
+    pub fn agreement(
+        &self,
+        teacher: &Self,
+        tokens: &[u32],
+        context: usize,
+        mut progress: impl FnMut(),
+    ) -> Result<Agreement, PerplexityError> {
+        let (own, other) = (self.config().vocab_size, teacher.config().vocab_size);
+        if own != other {
+            return Err(PerplexityError::Vocabulary { own, other });
+        }
+        let (mut divergence, mut same, mut count) = (0.0, 0, 0);
+        for (number, window) in windows(tokens, context)?.enumerate() {
+            let hidden = |model: &Self, ids| model.hidden(ids, &mut model.new_cache());
+            let (own, other) = (hidden(self, self.tokens(window)?), hidden(teacher, teacher.tokens(window)?));
+            for first in (0..context).step_by(self.rows_at_once()) {
+                let rows = first..(first + self.rows_at_once()).min(context);
+                let likelihoods = |model: &Self, hidden: &Tensor<B, 2>| {
+                    activation::log_softmax(model.lm_head.logits(hidden.clone().slice_dim(0, rows.clone())), 1)
+                };
+                let (own, other) = (likelihoods(self, &own), likelihoods(teacher, &other));
+                let best = |likelihoods: &Tensor<B, 2>| -> Vec<i64> {
+                    likelihoods.clone().argmax(1).into_data().iter::<i64>().collect()
+                };
+                same += best(&own).iter().zip(best(&other)).filter(|(own, other)| **own == *other).count();
+                let kl = (other.clone().exp() * (other - own)).sum_dim(1);
+                divergence += kl.into_data().iter::<f32>().map(f64::from).sum::<f64>();
+                count += rows.len();
+            }
+            if divergence.is_nan() {
+                return Err(PerplexityError::NotANumber { window: number });
+            }
+            progress();
+        }
+        Ok(Agreement { kl_divergence: divergence / count as f64, top_1: same as f64 / count as f64 })
+    }
+
+    /// Rows of logits in memory at once.
+    fn rows_at_once(&self) -> usize {
+        (LOGITS_AT_ONCE / self.config().vocab_size).max(1)
     }
 
     /// The natural logarithm of each token's probability, given those before it: one less than `tokens`.
@@ -96,7 +165,7 @@ impl<B: TernaryBackend> GptOss<B> {
         let ids = self.tokens(tokens)?;
         let device = ids.device();
         let hidden = self.hidden(ids, &mut self.new_cache());
-        let rows = (LOGITS_AT_ONCE / self.config().vocab_size).max(1);
+        let rows = self.rows_at_once();
         let mut likelihoods = Vec::with_capacity(targets.len());
         for (chunk, targets) in targets.chunks(rows).enumerate() {
             let first = chunk * rows;

@@ -140,10 +140,6 @@ impl Sampler {
     }
 
     fn penalized(&self, logits: &[f32], history: &[u32]) -> Result<Vec<f32>, SamplingError> {
-        let broken = |value: &f32| value.is_nan() || *value == f32::INFINITY;
-        if let Some(token) = logits.iter().position(broken) {
-            return Err(SamplingError::NotANumber { token, value: logits[token] });
-        }
         let mut logits = logits.to_vec();
         let penalty = self.config.repetition_penalty;
         if penalty != 1.0 {
@@ -152,6 +148,11 @@ impl Sampler {
                     *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
                 }
             }
+        }
+        // After the penalty, which may overflow.
+        let broken = |value: &f32| value.is_nan() || *value == f32::INFINITY;
+        if let Some(token) = logits.iter().position(broken) {
+            return Err(SamplingError::NotANumber { token, value: logits[token] });
         }
         Ok(logits)
     }

@@ -38,6 +38,7 @@ pub(crate) fn run(args: LogitsArgs) -> Result<()> {
     let failed = || args.output.display().to_string();
     let written = safetensors::serialize_to_file([("logits", view)], None, &partial)
         .map_err(anyhow::Error::from)
+        .and_then(|()| Ok(std::fs::File::open(&partial)?.sync_all()?))
         .and_then(|()| Ok(std::fs::rename(&partial, &args.output)?));
     if written.is_err() {
         // Half a file is of no use, and whether it can be removed changes nothing about the error.

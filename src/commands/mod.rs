@@ -7,6 +7,7 @@ macro_rules! print_line {
     };
 }
 
+pub(crate) mod ablation;
 pub(crate) mod demo;
 pub(crate) mod download;
 pub(crate) mod generate;
@@ -43,6 +44,10 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
+    fn new(model: &str) -> Self {
+        Self { model: model.into(), stream_experts: false }
+    }
+
     /// The model's folder, downloaded when it is a hub id.
     fn folder(&self) -> Result<PathBuf> {
         download::resolve_model(&self.model)

@@ -6,6 +6,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::json;
 
+use ternoss::model::Agreement;
+
 use super::{ModelArgs, tokenizer};
 use crate::progress::{Progress, Unit};
 
@@ -26,6 +28,9 @@ pub(crate) struct PerplexityArgs {
     /// Only the first tokens of the text
     #[arg(long)]
     max_tokens: Option<usize>,
+    /// Also compare with this model, the one it was made from: mean KL divergence, and share of equal likeliest tokens
+    #[arg(long, value_name = "DIR")]
+    against: Option<String>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -42,12 +47,29 @@ pub(crate) fn run(args: PerplexityArgs) -> Result<()> {
     let progress = Progress::new("perplexity", whole as u64, Unit::Count("tokens"));
     let result = model.perplexity(&tokens, args.context, |_| progress.advance(args.context as u64))?;
     drop(progress);
+    let agreement = match &args.against {
+        Some(teacher) => {
+            let teacher = ModelArgs::new(teacher);
+            let teacher = teacher.load(&teacher.checkpoint()?)?;
+            let progress = Progress::new("comparison", whole as u64, Unit::Count("tokens"));
+            Some(model.agreement(&teacher, &tokens, args.context, || progress.advance(args.context as u64))?)
+        }
+        None => None,
+    };
     if args.json {
         let (perplexity, tokens, windows) = (result.value(), result.tokens, result.windows);
-        print_line!("{}", json!({ "perplexity": perplexity, "tokens": tokens, "windows": windows }))?;
+        let mut object = json!({ "perplexity": perplexity, "tokens": tokens, "windows": windows });
+        if let Some(Agreement { kl_divergence, top_1 }) = agreement {
+            object["kl_divergence"] = json!(kl_divergence);
+            object["top_1"] = json!(top_1);
+        }
+        print_line!("{object}")?;
     } else {
         print_line!("perplexity {:.4}", result.value())?;
         print_line!("{} tokens predicted in {} windows of {}", result.tokens, result.windows, args.context)?;
+        if let Some(Agreement { kl_divergence, top_1 }) = agreement {
+            print_line!("KL divergence {kl_divergence:.4} nats, likeliest token equal in {:.1} %", 100.0 * top_1)?;
+        }
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::{fs, io, path::PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use ternoss::{
     Cpu,
@@ -18,7 +18,7 @@ use crate::progress::{Progress, Unit};
 /// Make a model ternary and write it to a folder
 ///
 /// Streams the checkpoint layer by layer. Without a calibration text (absmean) peak memory for gpt-oss-20b is 0.8 GB; with one,
-/// the text's activations come on top: 46 kB a token for gpt-oss-20b.
+/// the text's activations come on top: about 100 kB a token for gpt-oss-20b.
 #[derive(Args)]
 pub(crate) struct QuantizeArgs {
     #[command(flatten)]
@@ -80,7 +80,13 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         planes: args.planes,
         overwrite: args.overwrite,
     };
-    let calibration = match options.steps.look_at_text() {
+    let looks_at_text = options.steps.look_at_text();
+    ensure!(
+        looks_at_text || args.calibration.is_none(),
+        "{} with these steps looks at no calibration text",
+        args.method
+    );
+    let calibration = match looks_at_text {
         true => Some(calibration(&args, &checkpoint)?),
         false => None,
     };

@@ -13,7 +13,7 @@ use ternoss::{
     backends::{CodeFormat, Rotation, TernaryLayout},
     model::{
         GptOssConfig,
-        checkpoint::{ExpertMatrix, FolderWriter, LinearName, OutputTensor, TernaryPath},
+        checkpoint::{ExpertMatrix, FolderWriter, LinearName, OutputTensor, TernaryPath, fingerprint},
         config::{FORMAT_VERSION, TERNOSS, TernaryQuantization},
     },
     quant::{PackedTernary, mxfp4},
@@ -337,11 +337,7 @@ fn fill(seed: u64, name: &str, values: &mut [u8], map: fn(u8) -> u8) {
 
 /// Random numbers of one part of one tensor.
 fn stream(seed: u64, name: &str, part: usize) -> ChaCha8Rng {
-    // FNV-1a: fixed for all time, unlike the standard library's hashes.
-    let hash = name
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
-    let mut random = ChaCha8Rng::seed_from_u64(seed ^ hash);
+    let mut random = ChaCha8Rng::seed_from_u64(seed ^ fingerprint(name.bytes()));
     random.set_stream(part as u64);
     random
 }

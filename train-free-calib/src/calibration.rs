@@ -1,6 +1,6 @@
 //! The text that a model is calibrated on.
 
-use ternoss_model::GptOssConfig;
+use ternoss_model::{GptOssConfig, checkpoint::fingerprint};
 
 use crate::CalibError;
 
@@ -30,12 +30,10 @@ impl Calibration {
         if windows.is_empty() { Err(short) } else { Ok(Self { windows }) }
     }
 
-    /// A number that another text would not have (FNV-1a over the tokens and the window's length).
+    /// A number that another text would not have.
     pub(crate) fn fingerprint(&self) -> u64 {
         let numbers = std::iter::once(self.context() as u32).chain(self.windows.iter().flatten().copied());
-        numbers
-            .flat_map(u32::to_le_bytes)
-            .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+        fingerprint(numbers.flat_map(u32::to_le_bytes))
     }
 
     /// Tokens in all windows.

@@ -10,7 +10,6 @@ use ternoss_model::{
     Checkpoint, ExpertPlacement, LoadOptions,
     cache::LayerCache,
     checkpoint::{ExpertMatrix, LinearName, TernaryPath},
-    config::SWIGLU_ALPHA,
     experts::{Experts, PackedExperts},
     layer::Layer,
     rope::RotaryEmbedding,
@@ -76,11 +75,6 @@ impl<B: TernaryBackend> Activations<B> {
             left = after;
         }
         true
-    }
-
-    /// Tokens of all windows.
-    pub(crate) fn tokens(&self) -> usize {
-        self.teacher.iter().map(|window| window.dims()[0]).sum()
     }
 
     /// Tokens a window.
@@ -221,7 +215,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let (seen, target) = (self.seen(student_in.clone()), self.rotated(teacher_in.clone()));
         let mut whole = Moments::new(config.hidden_size, self.device);
         whole.add(seen.clone(), target.clone(), None);
-        let activation = ClampedSwiGlu { alpha: SWIGLU_ALPHA, limit: config.swiglu_limit };
+        let activation = config.activation();
         let inputs = ExpertInputs { teacher_in, student_in, seen, target, whole, activation };
         let mut packed = [Vec::with_capacity(experts), Vec::with_capacity(experts)];
         let mut biases = [Vec::with_capacity(experts), Vec::with_capacity(experts)];
@@ -244,9 +238,12 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
             }
         }
         self.finish_experts(packed, biases, activation)?;
-        let student_output = self.student.mlp.forward(inputs.student_in);
+        drop(inputs);
         add_rows(&mut activations.teacher, output);
-        add_rows(&mut activations.student, student_output);
+        let Layer { post_attention_layernorm, mlp, .. } = &self.student;
+        for x in &mut activations.student {
+            *x = x.clone() + mlp.forward(post_attention_layernorm.forward(x.clone()));
+        }
         Ok(())
     }
 

@@ -12,11 +12,13 @@
 //! | `refine` | scales in closed form, greedy changes of single trits (stage 2) |
 //! | `ternarize` | all of them on one matrix |
 //! | `layer` | one layer: attention, then experts, the full-precision model beside the ternary one |
-//! | `pipeline` | all layers, and the folder |
+//! | `step` | one weight file: a layer, with or without a text |
+//! | `pipeline` | all of them, and the folder |
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 mod calibration;
 mod compensate;
+mod error;
 mod layer;
 mod levels;
 mod linalg;
@@ -26,10 +28,12 @@ mod pipeline;
 mod refine;
 mod report;
 mod solution;
+mod step;
 mod ternarize;
 
 pub use calibration::Calibration;
+pub use error::CalibError;
 pub use levels::MAX_PLANES;
 pub use method::{Method, Steps};
-pub use pipeline::{CalibError, QuantizeOptions, quantize, ternary_weights};
+pub use pipeline::{QuantizeOptions, quantize, ternary_weights};
 pub use report::{LayerReport, MatrixReport, Report};

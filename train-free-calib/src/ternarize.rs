@@ -97,13 +97,12 @@ impl Recipe {
         let geometry = Geometry { rows, in_features, group_size, planes: self.planes };
         let mut solution = match statistics {
             Some(statistics) if self.steps.compensation => compensate(target, &statistics.factor, geometry),
-            _ if self.method == Method::PtBitnet && self.planes == 1 => {
-                Solution::searched(&host(target.clone()), geometry)
-            }
+            _ if self.method == Method::PtBitnet => Solution::searched(&host(target.clone()), geometry),
             _ => Solution::fitted(&host(target.clone()), geometry),
         };
-        // Below five tokens an input the statistics are too thin to be followed that closely.
-        if let Some(statistics) = statistics.filter(|s| self.steps.sweeps > 0 && s.tokens >= 5 * in_features) {
+        // Below five tokens an input the statistics are too thin to be followed that closely; PT-BitNet has nothing else.
+        let enough = |tokens: usize| tokens >= 5 * in_features || self.method == Method::PtBitnet;
+        if let Some(statistics) = statistics.filter(|s| self.steps.sweeps > 0 && enough(s.tokens)) {
             let diagonal = statistics.second.clone() * Tensor::eye(in_features, device);
             let damping = sum(diagonal) as f32 / in_features as f32 * DAMPING;
             let second = statistics.second.clone() + Tensor::eye(in_features, device) * damping;

@@ -1,4 +1,4 @@
-use std::{fmt, str::FromStr};
+use std::fmt;
 
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 use half::{bf16, f16};
@@ -81,15 +81,6 @@ impl fmt::Display for StoredFloat {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
         })
-    }
-}
-
-impl FromStr for StoredFloat {
-    type Err = FormatError;
-
-    fn from_str(name: &str) -> Result<Self, FormatError> {
-        let unknown = || FormatError::Unknown { name: name.into(), known: "f32, f16, bf16" };
-        Self::ALL.into_iter().find(|float| float.to_string() == name).ok_or_else(unknown)
     }
 }
 

@@ -73,9 +73,6 @@ fn ranges_that_are_wrong_are_refused() {
     assert!(matches!(map.tensor_data(0..8, vec![3], DType::U32), Err(MappedError::Size { expected: 12, .. })));
     assert!(matches!(map.tensor_data(0..8, vec![usize::MAX, 2], DType::U8), Err(MappedError::Size { .. })));
     assert_eq!(map.bytes(90..101), None);
-    map.advise_random();
-    map.advise_will_need(0..100);
-    map.advise_will_need(50..1000);
     let (_empty, empty) = file(&[]);
     assert!(empty.is_empty() && empty.tensor_data(0..0, vec![0], DType::U32).is_ok());
     assert!(MappedFile::open("/does/not/exist").is_err());

@@ -131,10 +131,16 @@ pub enum CheckpointError {
         /// The output folder.
         path: PathBuf,
     },
-    /// What would be replaced is no model.
-    #[error("{} exists and is no model folder: it is not replaced", path.display())]
+    /// What would be replaced is not this program's to remove: as the output no model, as the unfinished output a model.
+    #[error("{} exists and is not replaced: it may hold something else", path.display())]
     NotReplaceable {
         /// The output folder.
+        path: PathBuf,
+    },
+    /// Another process is at it.
+    #[error("{} is being written by another process", path.display())]
+    Busy {
+        /// The unfinished folder.
         path: PathBuf,
     },
     /// The unfinished output is another run's.

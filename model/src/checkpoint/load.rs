@@ -5,7 +5,6 @@ use burn::{
     nn,
     tensor::{Tensor, TensorData, backend::Backend},
 };
-use ternoss_backends::ClampedSwiGlu;
 use ternoss_quant::{BitLinear, Linear, TernaryTensor};
 
 use super::{
@@ -16,7 +15,6 @@ use super::{
 use crate::{
     GptOss,
     attention::Attention,
-    config::SWIGLU_ALPHA,
     experts::{DenseExperts, Expert, Experts, PackedExperts, StreamedExperts},
     layer::{Layer, Mlp},
     rope::RotaryEmbedding,
@@ -161,7 +159,7 @@ impl<B: Backend> Loader<'_, B> {
 
     fn experts(&self, layer: usize) -> Result<Experts<B>, CheckpointError> {
         let config = self.checkpoint.config();
-        let activation = ClampedSwiGlu { alpha: SWIGLU_ALPHA, limit: config.swiglu_limit };
+        let activation = config.activation();
         let experts = config.num_local_experts;
         let bias = |matrix: ExpertMatrix| {
             let [_, out_features] = matrix.shape(self.checkpoint.config());

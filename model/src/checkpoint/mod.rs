@@ -103,12 +103,10 @@ impl Checkpoint {
         &self.inner.config
     }
 
-    /// What tells this checkpoint from another version of it without reading its weights: its configuration's text, and
-    /// size and time of change of its files.
+    /// What tells this checkpoint from another version of it without reading its weights.
     pub fn stamp(&self) -> serde_json::Value {
-        let files: Vec<_> = self.inner.files.iter().map(|(path, _)| resume::file_stamp(path)).collect();
-        let config = std::fs::read_to_string(self.inner.folder.join(CONFIG_FILE)).unwrap_or_default();
-        serde_json::json!({ "config": config, "files": files })
+        let files = self.inner.files.iter().map(|(path, _)| path.as_path());
+        resume::stamp(&self.inner.folder.join(CONFIG_FILE), files)
     }
 
     /// All tensors by name.
@@ -145,6 +143,12 @@ impl Checkpoint {
     fn path_of(&self, name: &str) -> PathBuf {
         self.entry(name).map_or(self.inner.folder.clone(), |entry| self.file(entry).0.into())
     }
+}
+
+/// A number that other bytes would not have (FNV-1a): the same for all time and on every machine.
+pub fn fingerprint(bytes: impl IntoIterator<Item = u8>) -> u64 {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
 /// The safetensors files of a folder: those the index names, or the only one.

@@ -1,17 +1,21 @@
 //! Going on with a folder whose writing was interrupted.
 //!
 //! The unfinished folder says in `resume.json` what it was started with, and has a `step-NNNNN.json` for every weight file
-//! that is done, written after the file itself. Nothing without such a note is trusted; all of it is gone at the end.
+//! that is done, written after the file itself. Nothing without such a note is trusted.
 
 use std::{fs, path::Path};
 
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use ternoss_backends::mapped::MappedFile;
 
-use super::{CheckpointError, FolderWriter, read_header};
+use super::{CheckpointError, FolderWriter, fingerprint, read_header, write::sync};
 
 /// What the unfinished folder was started with.
-const SETTINGS_FILE: &str = "resume.json";
+pub(super) const SETTINGS_FILE: &str = "resume.json";
+
+/// Characters of a setting that an error shows.
+const SHOWN: usize = 80;
 
 impl FolderWriter {
     /// Starts a folder of `shards` weight files, or goes on with one that was started with the same `settings` (a JSON
@@ -20,33 +24,32 @@ impl FolderWriter {
     /// # Errors
     /// As [`create`](Self::create), and [`CheckpointError::OtherSettings`] when the unfinished folder was started with
     /// other settings, unless `overwrite`: then it starts anew.
-    pub fn resume(
+    pub fn resume<T: DeserializeOwned>(
         output: &Path,
         shards: usize,
         overwrite: bool,
         settings: &Value,
-    ) -> Result<(Self, Vec<Value>), CheckpointError> {
-        let partial = Self::partial_of(output);
-        let before = fs::read(partial.join(SETTINGS_FILE)).ok();
+    ) -> Result<(Self, Vec<T>), CheckpointError> {
+        let mut writer = Self::open(output, shards, overwrite)?;
+        let before = fs::read(writer.partial.join(SETTINGS_FILE)).ok();
         let before: Option<Value> = before.and_then(|text| serde_json::from_slice(&text).ok());
-        let difference = before.as_ref().map(|before| first_difference(before, settings));
-        match difference {
-            Some(None) => Self::check_output(output, overwrite)?,
-            Some(Some((setting, before, now))) if !overwrite => {
-                return Err(CheckpointError::OtherSettings { path: partial, setting, before, now });
-            }
-            _ => {
-                let writer = Self::create(output, shards, overwrite)?;
-                writer.file(SETTINGS_FILE, settings.to_string().as_bytes())?;
-                return Ok((writer, Vec::new()));
-            }
+        let difference = before.as_ref().and_then(|before| first_difference(before, settings));
+        if let (Some((setting, before, now)), false) = (&difference, overwrite) {
+            writer.keep = true;
+            let (path, setting) = (writer.partial.clone(), setting.clone());
+            return Err(CheckpointError::OtherSettings { path, setting, before: before.clone(), now: now.clone() });
         }
-        let mut writer = Self::in_folder(output, partial, shards, overwrite);
+        if before.is_none() || difference.is_some() {
+            writer.clear()?;
+            writer.file(SETTINGS_FILE, settings.to_string().as_bytes())?;
+            return Ok((writer, Vec::new()));
+        }
         let mut notes = Vec::new();
-        while let Some(note) = writer.note(notes.len()) {
-            writer.count(notes.len())?;
+        while let Some(note) = writer.finished_step(notes.len()) {
             notes.push(note);
         }
+        // What earlier runs finished outlives an error of this one.
+        writer.keep = !notes.is_empty();
         Ok((writer, notes))
     }
 
@@ -55,10 +58,10 @@ impl FolderWriter {
     /// # Errors
     /// [`CheckpointError::Io`]
     pub fn commit(&self, number: usize, note: &Value) -> Result<(), CheckpointError> {
-        let (name, temporary) = (note_name(number), format!("{}.tmp", note_name(number)));
-        self.file(&temporary, note.to_string().as_bytes())?;
-        let path = self.partial.join(name);
-        fs::rename(self.partial.join(temporary), &path).map_err(|source| CheckpointError::io(&path, source))
+        self.file(&temporary(number), note.to_string().as_bytes())?;
+        let path = self.partial.join(note_name(number));
+        fs::rename(self.partial.join(temporary(number)), &path).map_err(|source| CheckpointError::io(&path, source))?;
+        sync(&self.partial)
     }
 
     /// A file of the unfinished folder.
@@ -76,31 +79,37 @@ impl FolderWriter {
         let _ = fs::remove_file(self.partial.join(name));
     }
 
-    fn note(&self, number: usize) -> Option<Value> {
-        serde_json::from_slice(&fs::read(self.partial.join(note_name(number))).ok()?).ok()
-    }
-
-    /// Takes a finished weight file into the index.
-    fn count(&mut self, number: usize) -> Result<(), CheckpointError> {
+    /// The note of a weight file that is done and readable; takes it into the index.
+    fn finished_step<T: DeserializeOwned>(&mut self, number: usize) -> Option<T> {
+        let note = serde_json::from_slice(&fs::read(self.partial.join(note_name(number))).ok()?).ok()?;
         let file = self.shard_name(number);
         let path = self.partial.join(&file);
-        let map = MappedFile::open(&path).map_err(|source| CheckpointError::io(&path, source))?;
-        for (name, entry) in read_header(&path, &map, 0)? {
+        let tensors = read_header(&path, &MappedFile::open(&path).ok()?, 0).ok()?;
+        for (name, entry) in tensors {
             self.total_size += entry.bytes();
             self.weight_map.insert(name, file.clone());
         }
-        Ok(())
+        Some(note)
     }
 
-    /// Removes what only served to go on.
-    pub(super) fn remove_notes(&self) {
-        self.remove(SETTINGS_FILE);
-        (0..self.shards).for_each(|number| self.remove(&note_name(number)));
+    /// Removes from a finished folder what only served to go on.
+    pub(super) fn remove_notes(&self, folder: &Path) {
+        // They do no harm where they cannot be removed.
+        let _ = fs::remove_file(folder.join(SETTINGS_FILE));
+        for number in 0..self.shards {
+            let _ = fs::remove_file(folder.join(note_name(number)));
+            let _ = fs::remove_file(folder.join(temporary(number)));
+        }
     }
 }
 
 fn note_name(number: usize) -> String {
     format!("step-{number:05}.json")
+}
+
+/// A note while it is written.
+fn temporary(number: usize) -> String {
+    format!("{}.tmp", note_name(number))
 }
 
 /// The first setting that differs, with both values.
@@ -110,19 +119,27 @@ fn first_difference(before: &Value, now: &Value) -> Option<(String, String, Stri
     let differs = |key: &&String| before.get(*key) != now.get(*key);
     let key = now.keys().chain(before.keys()).find(differs)?;
     let text = |settings: &serde_json::Map<String, Value>| {
-        settings.get(key).map_or_else(|| "nothing".into(), ToString::to_string)
+        let value = settings.get(key).map_or_else(|| "nothing".into(), ToString::to_string);
+        if value.chars().count() > SHOWN { value.chars().take(SHOWN).chain("...".chars()).collect() } else { value }
     };
     Some((key.clone(), text(before), text(now)))
 }
 
-/// What tells two versions of a file apart without reading it: size and time of the last change.
-pub(super) fn file_stamp(path: &Path) -> Value {
+/// What tells two versions of a checkpoint apart without reading its weights: its configuration, and size and time of
+/// change of its files.
+pub(super) fn stamp<'a>(config: &Path, files: impl Iterator<Item = &'a Path>) -> Value {
+    let config = fs::read(config).unwrap_or_default();
+    let files: Vec<Value> = files.map(file_stamp).collect();
+    json!(format!("{:016x}", fingerprint(json!([fingerprint(config), files]).to_string().into_bytes())))
+}
+
+fn file_stamp(path: &Path) -> Value {
     let meta = fs::metadata(path).ok();
     let changed = meta.as_ref().and_then(|meta| meta.modified().ok());
     let changed = changed.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
-    json!({
-        "file": path.file_name().unwrap_or_default().to_string_lossy(),
-        "size": meta.map(|meta| meta.len()),
-        "changed": changed.map(|time| time.as_nanos().to_string()),
-    })
+    json!([
+        path.file_name().unwrap_or_default().to_string_lossy(),
+        meta.map(|meta| meta.len()),
+        changed.map(|time| time.as_nanos().to_string()),
+    ])
 }

@@ -6,7 +6,7 @@
 use std::{
     borrow::Cow,
     collections::BTreeMap,
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
 };
@@ -21,7 +21,11 @@ use super::{
     CONFIG_FILE, Checkpoint, CheckpointError, INDEX_FILE, TernaryPath,
     names::{CODES, GROUP_SCALES, ROW_SCALES},
     read_header,
+    resume::SETTINGS_FILE,
 };
+
+/// Held by the process that writes; freed by the system when it ends, however it does.
+const LOCK_FILE: &str = "lock";
 
 /// A tensor to be written; its bytes may be produced when their turn comes, so that only one is in memory.
 pub struct OutputTensor<'a> {
@@ -103,8 +107,9 @@ impl View for OutputTensor<'_> {
     }
 }
 
-/// A model folder being written. Dropped before [`finish`](Self::finish), after an error, it removes what it wrote; a
-/// process that is killed leaves it to be [resumed](Self::resume).
+/// A model folder being written. Dropped before [`finish`](Self::finish), after an error, it removes what it wrote,
+/// unless it had gone on with what an earlier run left. A process that is killed leaves it to be
+/// [resumed](Self::resume).
 #[derive(Debug)]
 pub struct FolderWriter {
     output: PathBuf,
@@ -113,7 +118,9 @@ pub struct FolderWriter {
     pub(super) shards: usize,
     pub(super) weight_map: BTreeMap<String, String>,
     pub(super) total_size: usize,
-    finished: bool,
+    /// Whether the unfinished folder outlives this.
+    pub(super) keep: bool,
+    _lock: File,
 }
 
 impl FolderWriter {
@@ -121,46 +128,67 @@ impl FolderWriter {
     ///
     /// # Errors
     /// [`CheckpointError::OutputExists`] unless `overwrite`, [`CheckpointError::NotReplaceable`] when what is there is
-    /// no model; [`CheckpointError::Io`] when the place is not writable.
+    /// no model, [`CheckpointError::Busy`] when another process writes it; [`CheckpointError::Io`] when the place is not
+    /// writable.
     pub fn create(output: &Path, shards: usize, overwrite: bool) -> Result<Self, CheckpointError> {
-        Self::check_output(output, overwrite)?;
-        let partial = Self::partial_of(output);
-        let failed = |source| CheckpointError::io(&partial, source);
-        if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(failed)?;
-        }
-        fs::create_dir_all(&partial).map_err(failed)?;
-        Ok(Self::in_folder(output, partial, shards, overwrite))
+        let writer = Self::open(output, shards, overwrite)?;
+        writer.clear()?;
+        Ok(writer)
     }
 
-    /// Refuses an output that may not be replaced.
-    pub(super) fn check_output(output: &Path, overwrite: bool) -> Result<(), CheckpointError> {
+    /// Takes hold of the unfinished folder, whatever is in it.
+    pub(super) fn open(output: &Path, shards: usize, overwrite: bool) -> Result<Self, CheckpointError> {
         if output.exists() && !overwrite {
             return Err(CheckpointError::OutputExists { path: output.into() });
         }
         if output.exists() && !is_replaceable(output) {
             return Err(CheckpointError::NotReplaceable { path: output.into() });
         }
-        Ok(())
-    }
-
-    /// Where the folder is until it is whole.
-    pub(super) fn partial_of(output: &Path) -> PathBuf {
-        let mut name = output.file_name().unwrap_or(output.as_os_str()).to_owned();
-        name.push(".partial");
-        output.with_file_name(name)
-    }
-
-    pub(super) fn in_folder(output: &Path, partial: PathBuf, shards: usize, overwrite: bool) -> Self {
-        Self {
+        let partial = Self::partial_of(output);
+        if partial.join(CONFIG_FILE).exists() && !partial.join(SETTINGS_FILE).exists() {
+            // A model of somebody who likes that name.
+            return Err(CheckpointError::NotReplaceable { path: partial });
+        }
+        fs::create_dir_all(&partial).map_err(|source| CheckpointError::io(&partial, source))?;
+        let path = partial.join(LOCK_FILE);
+        let lock = File::create(&path).map_err(|source| CheckpointError::io(&path, source))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(CheckpointError::Busy { path: partial }),
+            Err(TryLockError::Error(source)) => return Err(CheckpointError::io(&path, source)),
+        }
+        Ok(Self {
             output: output.into(),
             partial,
             overwrite,
             shards,
             weight_map: BTreeMap::new(),
             total_size: 0,
-            finished: false,
+            keep: false,
+            _lock: lock,
+        })
+    }
+
+    /// Removes whatever an earlier run has left.
+    pub(super) fn clear(&self) -> Result<(), CheckpointError> {
+        let failed = |source| CheckpointError::io(&self.partial, source);
+        for entry in fs::read_dir(&self.partial).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let removed = match path.file_name() {
+                Some(name) if name == LOCK_FILE => Ok(()),
+                _ if path.is_dir() => fs::remove_dir_all(&path),
+                _ => fs::remove_file(&path),
+            };
+            removed.map_err(|source| CheckpointError::io(&path, source))?;
         }
+        Ok(())
+    }
+
+    /// Where the folder is until it is whole.
+    pub fn partial_of(output: &Path) -> PathBuf {
+        let mut name = output.file_name().unwrap_or(output.as_os_str()).to_owned();
+        name.push(".partial");
+        output.with_file_name(name)
     }
 
     pub(super) fn shard_name(&self, number: usize) -> String {
@@ -219,29 +247,34 @@ impl FolderWriter {
         let index = json!({ "metadata": { "total_size": self.total_size }, "weight_map": self.weight_map });
         self.file(INDEX_FILE, pretty(&index).as_bytes())?;
         self.file(CONFIG_FILE, pretty(config).as_bytes())?;
-        self.remove_notes();
+        self.remove(LOCK_FILE);
         sync(&self.partial)?;
         let failed = |source| CheckpointError::io(&self.output, source);
         // What is replaced goes last: at no moment is neither of the two there.
-        let replaced = self.partial.with_extension("replaced");
-        if replaced.exists() {
-            fs::remove_dir_all(&replaced).map_err(failed)?;
-        }
-        if self.overwrite && self.output.exists() {
-            fs::rename(&self.output, &replaced).map_err(failed)?;
+        let replaced = (self.overwrite && self.output.exists()).then(|| self.unused_name());
+        if let Some(replaced) = &replaced {
+            fs::rename(&self.output, replaced).map_err(failed)?;
         }
         fs::rename(&self.partial, &self.output).map_err(failed)?;
-        self.finished = true;
-        if replaced.exists() {
-            fs::remove_dir_all(&replaced).map_err(failed)?;
+        self.keep = true;
+        sync(self.output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+        self.remove_notes(&self.output);
+        match replaced {
+            Some(replaced) => fs::remove_dir_all(replaced).map_err(failed),
+            None => Ok(()),
         }
-        sync(self.output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+    }
+
+    /// A name beside the output that nothing has.
+    fn unused_name(&self) -> PathBuf {
+        let names = (0usize..).map(|n| self.partial.with_extension(format!("replaced-{n}")));
+        names.into_iter().find(|path| !path.exists()).unwrap_or_default()
     }
 }
 
 impl Drop for FolderWriter {
     fn drop(&mut self) {
-        if !self.finished {
+        if !self.keep {
             // Nothing to be done about a failure here, and the name says the folder is not whole.
             let _ = fs::remove_dir_all(&self.partial);
         }
@@ -257,7 +290,7 @@ fn pretty(value: &serde_json::Value) -> String {
     format!("{value:#}\n")
 }
 
-fn sync(path: &Path) -> Result<(), CheckpointError> {
+pub(super) fn sync(path: &Path) -> Result<(), CheckpointError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|source| CheckpointError::io(path, source))
 }
 

@@ -1,12 +1,11 @@
 //! `config.json`: the one place that parses it.
 
+mod parse;
+
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use ternoss_backends::{CodeFormat, Rotation};
-
-/// Sharpness of the gate's sigmoid in gpt-oss's SwiGLU; a constant of the architecture, not in `config.json`.
-pub const SWIGLU_ALPHA: f32 = 1.702;
+use ternoss_backends::{ClampedSwiGlu, CodeFormat, Rotation};
 
 /// A config that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +71,8 @@ pub struct GptOssConfig {
     pub sliding_window: usize,
     /// One entry a layer: whether its attention slides.
     pub layer_types: Vec<LayerType>,
+    /// Sharpness of the gate's sigmoid in the experts.
+    pub swiglu_alpha: f32,
     /// Clamp of gate and up in the experts.
     pub swiglu_limit: f32,
     /// Whether q, k, v and o have biases.
@@ -106,8 +107,7 @@ pub struct RopeConfig {
 }
 
 /// YaRN (arXiv 2309.00071), with the parameter names of transformers' `rope_scaling`.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Yarn {
     /// How many times longer the context becomes.
     pub factor: f64,
@@ -124,7 +124,7 @@ pub struct Yarn {
 }
 
 impl Default for Yarn {
-    /// What transformers takes for gpt-oss when `rope_scaling` is null or missing.
+    /// What transformers takes for gpt-oss when there are no parameters at all.
     fn default() -> Self {
         Self {
             factor: 32.0,
@@ -179,6 +179,11 @@ pub const TERNOSS: &str = "ternoss";
 pub const FORMAT_VERSION: u32 = 1;
 
 impl GptOssConfig {
+    /// The gate of the experts.
+    pub fn activation(&self) -> ClampedSwiGlu {
+        ClampedSwiGlu { alpha: self.swiglu_alpha, limit: self.swiglu_limit }
+    }
+
     /// Reads and checks a `config.json`.
     ///
     /// # Errors
@@ -199,7 +204,7 @@ impl GptOssConfig {
         if found != "gpt_oss" {
             return Err(ConfigError::Architecture { found: found.into() });
         }
-        let raw: RawConfig = serde_json::from_value(json).map_err(parse)?;
+        let raw: parse::RawConfig = serde_json::from_value(json).map_err(parse)?;
         let config = raw.resolve(path)?;
         config.validate()?;
         Ok(config)
@@ -258,6 +263,7 @@ impl GptOssConfig {
         expect("head_dim", self.head_dim, self.head_dim.is_multiple_of(2), "an even number")?;
         let positive = |x: f64| x.is_finite() && x > 0.0;
         expect("rms_norm_eps", self.rms_norm_eps, positive(self.rms_norm_eps), "above 0")?;
+        expect("swiglu_alpha", self.swiglu_alpha, self.swiglu_alpha.is_finite(), "a finite number")?;
         let limit = self.swiglu_limit;
         expect("swiglu_limit", limit, positive(limit.into()), "above 0")?;
         let theta = self.rope.theta;
@@ -270,6 +276,7 @@ impl GptOssConfig {
             ("rope_scaling.beta_fast", yarn.beta_fast),
             ("rope_scaling.beta_slow", yarn.beta_slow),
             ("rope_scaling.original_max_position_embeddings", yarn.original_max_position_embeddings),
+            ("rope_scaling.attention_factor", yarn.attention_factor.unwrap_or(1.0)),
         ] {
             expect(key, value, positive(value), "above 0")?;
         }
@@ -300,7 +307,7 @@ impl GenerationConfig {
         #[derive(Deserialize)]
         struct Raw {
             #[serde(default)]
-            eos_token_id: Option<TokenIds>,
+            eos_token_id: Option<parse::TokenIds>,
         }
         let path = folder.join("generation_config.json");
         let text = match std::fs::read_to_string(&path) {
@@ -313,173 +320,4 @@ impl GenerationConfig {
         let raw: Raw = serde_json::from_str(&text).map_err(|source| ConfigError::Parse { path, source })?;
         Ok(Self { eos_token_id: raw.eos_token_id.map(Into::into).unwrap_or_default() })
     }
-}
-
-/// The file as it is; defaults are those of transformers' `GptOssConfig`.
-#[derive(Deserialize)]
-struct RawConfig {
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: usize,
-    #[serde(default = "defaults::head_dim")]
-    head_dim: usize,
-    num_local_experts: usize,
-    #[serde(default)]
-    num_experts_per_tok: Option<usize>,
-    #[serde(default)]
-    experts_per_token: Option<usize>,
-    vocab_size: usize,
-    #[serde(default = "defaults::rms_norm_eps")]
-    rms_norm_eps: f64,
-    #[serde(default)]
-    rope_theta: Option<f64>,
-    #[serde(default)]
-    rope_scaling: Option<serde_json::Value>,
-    #[serde(default)]
-    rope_parameters: Option<serde_json::Value>,
-    #[serde(default)]
-    sliding_window: Option<usize>,
-    #[serde(default)]
-    layer_types: Option<Vec<LayerType>>,
-    #[serde(default = "defaults::swiglu_limit")]
-    swiglu_limit: f32,
-    #[serde(default = "defaults::attention_bias")]
-    attention_bias: bool,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    #[serde(default = "defaults::max_position_embeddings")]
-    max_position_embeddings: usize,
-    #[serde(default)]
-    eos_token_id: Option<TokenIds>,
-    #[serde(default)]
-    quantization_config: Option<serde_json::Value>,
-}
-
-mod defaults {
-    pub(super) fn head_dim() -> usize {
-        64
-    }
-    pub(super) fn rms_norm_eps() -> f64 {
-        1e-5
-    }
-    pub(super) fn swiglu_limit() -> f32 {
-        7.0
-    }
-    pub(super) fn attention_bias() -> bool {
-        true
-    }
-    pub(super) fn max_position_embeddings() -> usize {
-        131_072
-    }
-    pub(super) const ROPE_THETA: f64 = 150_000.0;
-    pub(super) const SLIDING_WINDOW: usize = 128;
-    pub(super) const EXPERTS_PER_TOKEN: usize = 4;
-}
-
-/// One token id or several.
-#[derive(Clone, Deserialize)]
-#[serde(untagged)]
-pub(crate) enum TokenIds {
-    One(u32),
-    Many(Vec<u32>),
-}
-
-impl From<TokenIds> for Vec<u32> {
-    fn from(ids: TokenIds) -> Self {
-        match ids {
-            TokenIds::One(id) => vec![id],
-            TokenIds::Many(ids) => ids,
-        }
-    }
-}
-
-impl RawConfig {
-    fn resolve(self, path: &Path) -> Result<GptOssConfig, ConfigError> {
-        let layers = self.num_hidden_layers;
-        expect("num_hidden_layers", layers, (1..=1 << 16).contains(&layers), "1 to 65536")?;
-        let layer_types = self.layer_types.clone().unwrap_or_else(|| alternating(layers));
-        let expected = format!("one entry for each of the {layers} layers");
-        expect("layer_types", format!("{} entries", layer_types.len()), layer_types.len() == layers, &expected)?;
-        Ok(GptOssConfig {
-            rope: self.rope(path)?,
-            quantization: self.quantization(path)?,
-            hidden_size: self.hidden_size,
-            intermediate_size: self.intermediate_size,
-            num_attention_heads: self.num_attention_heads,
-            num_key_value_heads: self.num_key_value_heads,
-            head_dim: self.head_dim,
-            num_local_experts: self.num_local_experts,
-            experts_per_token: self
-                .num_experts_per_tok
-                .or(self.experts_per_token)
-                .unwrap_or(defaults::EXPERTS_PER_TOKEN),
-            vocab_size: self.vocab_size,
-            rms_norm_eps: self.rms_norm_eps,
-            sliding_window: self.sliding_window.unwrap_or(defaults::SLIDING_WINDOW),
-            layer_types,
-            swiglu_limit: self.swiglu_limit,
-            attention_bias: self.attention_bias,
-            tie_word_embeddings: self.tie_word_embeddings,
-            max_position_embeddings: self.max_position_embeddings,
-            eos_token_id: self.eos_token_id.map(Into::into).unwrap_or_default(),
-        })
-    }
-
-    /// `rope_scaling` beside `rope_theta`, or both inside `rope_parameters` as transformers 5 writes them.
-    fn rope(&self, path: &Path) -> Result<RopeConfig, ConfigError> {
-        #[derive(Deserialize)]
-        struct Kind {
-            #[serde(alias = "type")]
-            rope_type: Option<String>,
-            rope_theta: Option<f64>,
-        }
-        let parse = |source| ConfigError::Parse { path: path.into(), source };
-        let Some(value) = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref()) else {
-            let theta = self.rope_theta.unwrap_or(defaults::ROPE_THETA);
-            return Ok(RopeConfig { theta, yarn: Some(Yarn::default()) });
-        };
-        let kind: Kind = serde_json::from_value(value.clone()).map_err(parse)?;
-        let theta = self.rope_theta.or(kind.rope_theta).unwrap_or(defaults::ROPE_THETA);
-        let yarn = match kind.rope_type.as_deref() {
-            None | Some("default") => None,
-            Some("yarn") => Some(serde_json::from_value(value.clone()).map_err(parse)?),
-            Some(other) => {
-                let expected = "\"yarn\" or \"default\"".into();
-                return Err(ConfigError::Value { key: "rope_type", found: format!("{other:?}"), expected });
-            }
-        };
-        Ok(RopeConfig { theta, yarn })
-    }
-
-    fn quantization(&self, path: &Path) -> Result<Quantization, ConfigError> {
-        let Some(value) = &self.quantization_config else {
-            return Ok(Quantization::None);
-        };
-        let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("missing");
-        match method {
-            "mxfp4" => Ok(Quantization::Mxfp4),
-            TERNOSS => {
-                let ternary: TernaryQuantization = serde_json::from_value(value.clone())
-                    .map_err(|source| ConfigError::Parse { path: path.into(), source })?;
-                let version = ternary.version;
-                expect("quantization_config.version", version, version == FORMAT_VERSION, "1")?;
-                let bits = ternary.activation_bits;
-                expect("quantization_config.activation_bits", bits, bits == 8, "8")?;
-                Ok(Quantization::Ternary(ternary))
-            }
-            other => Err(ConfigError::Value {
-                key: "quantization_config.quant_method",
-                found: format!("{other:?}"),
-                expected: format!("\"mxfp4\" or \"{TERNOSS}\""),
-            }),
-        }
-    }
-}
-
-/// Every second layer slides, the first one first.
-fn alternating(layers: usize) -> Vec<LayerType> {
-    let pair = [LayerType::SlidingAttention, LayerType::FullAttention];
-    pair.into_iter().cycle().take(layers).collect()
 }

@@ -1,0 +1,115 @@
+//! `ternoss ablation`
+
+use std::{fs, path::PathBuf, time::Instant};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::json;
+use ternoss::{
+    Cpu,
+    calib::{Calibration, Method, QuantizeOptions, Steps, quantize, ternary_weights},
+    model::Checkpoint,
+};
+
+use super::{CALIBRATION, Device, ModelArgs, tokenizer};
+use crate::progress::{Progress, Unit};
+
+/// Measure what each step of the quantization is worth
+///
+/// Quantizes the model in several ways, measures each on the same text, and prints a table: the methods, the default method
+/// with one step left out at a time, and with more planes. Nothing is kept.
+#[derive(Args)]
+pub(crate) struct AblationArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// UTF-8 text to measure on: not the one that is calibrated on
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Tokens per window of that text
+    #[arg(long, default_value_t = 512)]
+    context: usize,
+    /// Only its first tokens
+    #[arg(long, default_value_t = 16_384)]
+    max_tokens: usize,
+    /// UTF-8 text to calibrate on; without it, the one that is part of this program
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// Tokens of the calibration text to use at most
+    #[arg(long, default_value_t = 32_768)]
+    calibration_tokens: usize,
+    /// Tokens the model sees at a time while it is calibrated
+    #[arg(long, default_value_t = 1024)]
+    calibration_context: usize,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// A way to quantize.
+struct Variant {
+    name: String,
+    options: QuantizeOptions,
+}
+
+fn variants() -> Result<Vec<Variant>> {
+    let method = |name: &str, options| Variant { name: name.into(), options };
+    let default = QuantizeOptions::new(Method::Ternoss);
+    let mut variants = vec![
+        method("absmean", QuantizeOptions::new(Method::Absmean)),
+        method("fitted scales only", QuantizeOptions { steps: Steps::NONE, ..default }),
+        method("pt-bitnet", QuantizeOptions::new(Method::PtBitnet)),
+    ];
+    for step in Steps::NAMES {
+        let steps = default.steps.without(step).map_err(anyhow::Error::msg)?;
+        variants
+            .push(Variant { name: format!("ternoss without {step}"), options: QuantizeOptions { steps, ..default } });
+    }
+    for planes in 1..=2 {
+        let options = QuantizeOptions { planes, ..default };
+        variants.push(Variant { name: format!("ternoss, planes: {planes}"), options });
+    }
+    Ok(variants)
+}
+
+pub(crate) fn run(args: AblationArgs) -> Result<()> {
+    let checkpoint = args.model.checkpoint()?;
+    let tokenizer = tokenizer(&checkpoint)?;
+    let read = |path: &PathBuf| fs::read_to_string(path).with_context(|| path.display().to_string());
+    let mut tokens = tokenizer.encode(&read(&args.text)?, true)?;
+    tokens.truncate(args.max_tokens);
+    let text = args.calibration.as_ref().map_or_else(|| Ok(CALIBRATION.into()), read)?;
+    let text = tokenizer.encode(&text, true)?;
+    let calibration = Calibration::new(&text, args.calibration_context, args.calibration_tokens, checkpoint.config())?;
+    if !args.json {
+        print_line!("{:<28} {:>12} {:>14} {:>8}", "", "bits/weight", "perplexity", "seconds")?;
+    }
+    print_row(&args, "full precision", None, measure(&args, &checkpoint, &tokens)?, 0.0)?;
+    for Variant { name, options } in variants()? {
+        let folder = tempfile::tempdir()?;
+        let output = folder.path().join("ternary");
+        let started = Instant::now();
+        let progress = Progress::new(&name, ternary_weights(&checkpoint) as u64, Unit::Count("weights"));
+        let advance = |weights: usize| progress.advance(weights as u64);
+        let device = Device::default();
+        let report = quantize::<Cpu>(&checkpoint, &output, &options, Some(&calibration), &device, &advance)?;
+        drop(progress);
+        let seconds = started.elapsed().as_secs_f64();
+        let perplexity = measure(&args, &Checkpoint::open(&output)?, &tokens)?;
+        print_row(&args, &name, Some(report.bits_per_weight), perplexity, seconds)?;
+    }
+    Ok(())
+}
+
+fn measure(args: &AblationArgs, checkpoint: &Checkpoint, tokens: &[u32]) -> Result<f64> {
+    Ok(args.model.load(checkpoint)?.perplexity(tokens, args.context, |_| ())?.value())
+}
+
+fn print_row(args: &AblationArgs, name: &str, bits: Option<f64>, perplexity: f64, seconds: f64) -> Result<()> {
+    if args.json {
+        let row = json!({ "name": name, "bits_per_weight": bits, "perplexity": perplexity, "seconds": seconds });
+        return Ok(print_line!("{row}")?);
+    }
+    let bits = bits.map_or_else(|| "-".into(), |bits| format!("{bits:.3}"));
+    let perplexity = if perplexity < 1e5 { format!("{perplexity:.2}") } else { format!("{perplexity:.1e}") };
+    Ok(print_line!("{name:<28} {bits:>12} {perplexity:>14} {seconds:>8.0}")?)
+}

@@ -1,0 +1,79 @@
+//! What can go wrong in a quantization.
+
+use ternoss_backends::FormatError;
+use ternoss_model::CheckpointError;
+
+use crate::Method;
+
+/// A quantization that cannot be done.
+#[derive(Debug, thiserror::Error)]
+pub enum CalibError {
+    /// Reading the model or writing the result failed.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The options do not describe a valid layout.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The method needs a text and none was given.
+    #[error("method {method} needs a calibration text")]
+    NoText {
+        /// The method.
+        method: Method,
+    },
+    /// The calibration text does not fill a window.
+    #[error("the calibration text has {tokens} tokens, at least one window of {context} is needed")]
+    ShortText {
+        /// Tokens of the text.
+        tokens: usize,
+        /// Tokens a window.
+        context: usize,
+    },
+    /// The calibration text holds a token that the model does not have.
+    #[error("token {token} of the calibration text is outside the vocabulary of {vocab_size}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Tokens the model has.
+        vocab_size: usize,
+    },
+    /// A number of planes that the method cannot do.
+    #[error("{planes} planes: {method} makes 1 to {most}")]
+    Planes {
+        /// The number asked for.
+        planes: usize,
+        /// The method.
+        method: Method,
+        /// The most it can make.
+        most: usize,
+    },
+    /// A granularity that the method cannot do.
+    #[error("one scale a matrix is for absmean only: {method} needs one a row, or one a group")]
+    OneScale {
+        /// The method.
+        method: Method,
+    },
+    /// The output would take the place of the input.
+    #[error("{folder} is the model's own folder, or holds it")]
+    OutputIsInput {
+        /// The folder.
+        folder: String,
+    },
+    /// What an interrupted run left to go on from is damaged.
+    #[error("{name} in the unfinished output is damaged: remove that folder to start anew")]
+    Activations {
+        /// The file.
+        name: String,
+    },
+    /// There is nothing left to quantize.
+    #[error("{folder} is ternary already")]
+    AlreadyTernary {
+        /// The model's folder.
+        folder: String,
+    },
+    /// The model's own configuration is not an object.
+    #[error("{path}: not a JSON object")]
+    Config {
+        /// `config.json` of the model.
+        path: String,
+    },
+}

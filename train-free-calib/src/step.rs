@@ -1,0 +1,192 @@
+//! One weight file of the ternary folder: what belongs to no layer, or one layer.
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use ternoss_backends::{FormatError, TernaryBackend, TernaryLayout};
+use ternoss_model::{
+    Checkpoint, CheckpointError,
+    checkpoint::{ExpertMatrix, FolderWriter, LinearName, OutputTensor, TernaryPath},
+};
+use ternoss_quant::PackedTernary;
+
+use crate::{
+    CalibError,
+    layer::{Activations, ChangedBias, LayerCalibration, TernaryLayer},
+    report::{LayerReport, MatrixReport},
+    ternarize::Recipe,
+};
+
+/// Expert matrices in work at the same time: bounds memory whatever the number of threads.
+const MATRICES_AT_ONCE: usize = 4;
+
+/// One quantization under way.
+pub(crate) struct Job<'a, B: TernaryBackend> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) recipe: Recipe,
+    pub(crate) device: &'a B::Device,
+    pub(crate) progress: &'a (dyn Fn(usize) + Sync),
+}
+
+/// One weight file that is done.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Done {
+    pub(crate) ternary_bytes: usize,
+    pub(crate) full_precision_bytes: usize,
+    /// What became of the layer in it; the first file has none.
+    pub(crate) layer: Option<LayerReport>,
+}
+
+/// The activations after so many layers.
+pub(crate) fn activations_file(layers: usize) -> String {
+    format!("activations-{layers:05}.bin")
+}
+
+impl<'a, B: TernaryBackend> Job<'a, B> {
+    /// Refuses options that no matrix can have, before anything is written.
+    pub(crate) fn check_layout(&self) -> Result<(), FormatError> {
+        TernaryLayout {
+            format: self.recipe.ternary.format,
+            matrices: 1,
+            planes: self.recipe.planes,
+            rows: 1,
+            in_features: self.checkpoint.config().hidden_size,
+            group_size: self.recipe.ternary.granularity.group_size(),
+            rotation: self.recipe.ternary.rotation,
+        }
+        .validate()
+    }
+
+    /// Weight file `step`: what belongs to no layer, then the layers.
+    pub(crate) fn step(
+        &self,
+        step: usize,
+        activations: Option<&mut Activations<B>>,
+        writer: &mut FolderWriter,
+    ) -> Result<Done, CalibError> {
+        let number = step.checked_sub(1);
+        self.check_finite(number)?;
+        let layer = match (number, activations) {
+            (None, _) => TernaryLayer::default(),
+            (Some(number), None) => self.layer(number)?,
+            (Some(number), Some(activations)) => {
+                let layer = LayerCalibration::new(self.checkpoint, number, &self.recipe, self.device, self.progress)?;
+                let layer = layer.run(activations)?;
+                writer.file(&activations_file(step), &activations.to_bytes())?;
+                layer
+            }
+        };
+        let mut tensors = self.copied(number, &layer.biases)?;
+        for (name, shape, values) in &layer.biases {
+            tensors.push((name.clone(), OutputTensor::floats(shape.clone(), values)));
+        }
+        let full_precision_bytes = tensors.iter().map(|(_, tensor)| tensor.bytes()).sum();
+        for (path, matrices) in &layer.matrices {
+            tensors.extend(OutputTensor::ternary(path, matrices));
+        }
+        writer.shard(step, tensors)?;
+        let ternary_bytes = layer.matrices.iter().map(|(_, packed)| packed.layout.bytes()).sum();
+        Ok(Done { ternary_bytes, full_precision_bytes, layer: number.map(|_| layer.report) })
+    }
+
+    /// All ternary matrices of a layer, without looking at a text.
+    fn layer(&self, layer: usize) -> Result<TernaryLayer, CalibError> {
+        let mut result = TernaryLayer::default();
+        for linear in LinearName::ALL {
+            let path = linear.path(layer);
+            let shape = linear.shape(self.checkpoint.config());
+            let name = format!("{path}.weight");
+            let weight = self.checkpoint.floats(&name, &[shape[1], shape[0]])?;
+            let (matrix, report) = self.ternarize(&name, path.clone(), weight, shape)?;
+            result.report.matrices.push(report);
+            result.matrices.push((TernaryPath::Linear(path), matrix));
+        }
+        for matrix in ExpertMatrix::ALL {
+            let experts = self.experts(layer, matrix, &mut result.report)?;
+            result.matrices.push((TernaryPath::Experts(matrix.path(layer)), experts));
+        }
+        Ok(result)
+    }
+
+    fn experts(
+        &self,
+        layer: usize,
+        matrix: ExpertMatrix,
+        report: &mut LayerReport,
+    ) -> Result<PackedTernary, CalibError> {
+        let experts = self.checkpoint.config().num_local_experts;
+        let shape = matrix.shape(self.checkpoint.config());
+        let name = self.checkpoint.expert_tensors(layer, matrix).swap_remove(0);
+        let mut matrices = Vec::with_capacity(experts);
+        for first in (0..experts).step_by(MATRICES_AT_ONCE) {
+            let batch: Result<Vec<_>, CalibError> = (first..(first + MATRICES_AT_ONCE).min(experts))
+                .into_par_iter()
+                .map(|expert| {
+                    let weight = self.checkpoint.expert_rows(layer, matrix, expert)?;
+                    self.ternarize(&name, format!("{}.{expert}", matrix.path(layer)), weight, shape)
+                })
+                .collect();
+            for (packed, matrix_report) in batch? {
+                report.matrices.push(matrix_report);
+                matrices.push(packed);
+            }
+        }
+        Ok(PackedTernary::stack(matrices)?)
+    }
+
+    /// One matrix, `[in, out]` its shape and `weight` its rows.
+    fn ternarize(
+        &self,
+        tensor: &str,
+        name: String,
+        weight: Vec<f32>,
+        shape: [usize; 2],
+    ) -> Result<(PackedTernary, MatrixReport), CalibError> {
+        self.checkpoint.expect_finite(tensor, &weight)?;
+        let made = self.recipe.ternarize::<B>(weight, shape, None, self.device)?;
+        (self.progress)(shape[0] * shape[1]);
+        let report = made.report(name, 0);
+        Ok((made.packed, report))
+    }
+
+    /// The tensors of a layer, or of no layer, that stay as they are; `biases` do not.
+    fn copied<'b>(
+        &self,
+        layer: Option<usize>,
+        biases: &[ChangedBias],
+    ) -> Result<Vec<(String, OutputTensor<'b>)>, CalibError>
+    where
+        'a: 'b,
+    {
+        let checkpoint: &'b Checkpoint = self.checkpoint;
+        let mut tensors = Vec::new();
+        for name in self.full_precision(layer) {
+            if !biases.iter().any(|(changed, ..)| changed == name) {
+                tensors.push((name.to_string(), OutputTensor::copied(checkpoint, name)?));
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// Refuses NaN and infinity in what does not become ternary; the rest is checked when it does.
+    fn check_finite(&self, layer: Option<usize>) -> Result<(), CheckpointError> {
+        self.full_precision(layer).iter().try_for_each(|name| self.checkpoint.expect_finite_stored(name))
+    }
+
+    /// Names of the tensors of a layer, or of no layer, that do not become ternary.
+    fn full_precision(&self, layer: Option<usize>) -> Vec<&'a str> {
+        let ternary: Vec<String> = layer.map_or(Vec::new(), |layer| {
+            let linears = LinearName::ALL.iter().map(|linear| format!("{}.weight", linear.path(layer)));
+            let experts = ExpertMatrix::ALL.iter().flat_map(|m| self.checkpoint.expert_tensors(layer, *m));
+            linears.chain(experts).collect()
+        });
+        let of_layer =
+            |name: &&str| layer_of(name, self.checkpoint) == layer && !ternary.iter().any(|other| other == name);
+        self.checkpoint.tensors().map(|(name, _)| name).filter(of_layer).collect()
+    }
+}
+
+/// The layer a tensor belongs to, if the model has it.
+fn layer_of(name: &str, checkpoint: &Checkpoint) -> Option<usize> {
+    let number = name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()?;
+    (number < checkpoint.config().num_hidden_layers()).then_some(number)
+}
