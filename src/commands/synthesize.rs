@@ -66,8 +66,6 @@ enum Storage {
 
 /// Inputs per scale of the ternary format.
 const GROUP_SIZE: usize = 64;
-/// Rotation of the ternary format.
-const ROTATION: Rotation = Rotation { seed: 0 };
 
 pub(crate) fn run(args: SynthesizeArgs) -> Result<()> {
     let mut json = architecture(args.shape);
@@ -154,7 +152,7 @@ fn quantization(args: &SynthesizeArgs, bits_per_weight: f64) -> Option<Value> {
             method: "random".into(),
             format: args.code_format,
             group_size: Some(GROUP_SIZE),
-            rotation: Some(ROTATION),
+            rotation: Some(Rotation::default()),
             planes: 1,
             activation_bits: 8,
             bits_per_weight,
@@ -271,7 +269,7 @@ impl Random<'_> {
             rows,
             in_features,
             group_size: Some(GROUP_SIZE),
-            rotation: Some(ROTATION),
+            rotation: Some(Rotation::default()),
         };
         layout.validate()?;
         let words = layout.words_per_row();

@@ -2,7 +2,10 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::{linalg::inverse_factor, solution::host};
+use crate::{
+    linalg::inverse_factor,
+    solution::{host, sum},
+};
 
 /// Damping of the error compensation, in mean diagonal elements (GPTQ's `percdamp`).
 const DAMPING: f32 = 0.01;
@@ -45,7 +48,7 @@ impl<B: Backend> Moments<B> {
         let tokens = student.dims()[0];
         let (left, right, total) = match weights {
             Some(weights) => {
-                let total = f64::from(sum(weights.clone()));
+                let total = sum(weights.clone());
                 (student.clone() * weights.clone(), teacher.clone() * weights, total)
             }
             None => (student.clone(), teacher.clone(), tokens as f64),
@@ -140,9 +143,5 @@ pub(crate) struct Statistics<B: Backend> {
 fn diagonal_mean<B: Backend>(matrix: &Tensor<B, 2>) -> f32 {
     let n = matrix.dims()[0];
     let identity = Tensor::<B, 2>::eye(n, &matrix.device());
-    sum(matrix.clone() * identity) / n as f32
-}
-
-fn sum<B: Backend>(values: Tensor<B, 2>) -> f32 {
-    values.sum_dim(1).into_data().iter::<f32>().map(f64::from).sum::<f64>() as f32
+    sum(matrix.clone() * identity) as f32 / n as f32
 }

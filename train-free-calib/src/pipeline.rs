@@ -42,9 +42,6 @@ impl QuantizeOptions {
     }
 }
 
-/// The rotation of every model this crate rotates.
-const ROTATION: Rotation = Rotation { seed: 0 };
-
 /// Files beside the weights that a ternary folder keeps.
 const COMPANIONS: [&str; 7] = [
     "generation_config.json",
@@ -186,7 +183,7 @@ fn recipe(options: &QuantizeOptions) -> Result<Recipe, CalibError> {
     if options.ternary.granularity == Granularity::Tensor && method != Method::Absmean {
         return Err(CalibError::OneScale { method });
     }
-    let rotation = steps.rotation.then_some(ROTATION);
+    let rotation = steps.rotation.then(Rotation::default);
     Ok(Recipe { method, steps, ternary: TernaryConfig { rotation, ..options.ternary }, planes })
 }
 

@@ -157,3 +157,8 @@ impl Solution {
 pub(crate) fn host<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
+
+/// In double precision and a fixed order, so that it does not depend on the thread count.
+pub(crate) fn sum<B: Backend>(values: Tensor<B, 2>) -> f64 {
+    values.sum_dim(1).into_data().iter::<f32>().map(f64::from).sum()
+}

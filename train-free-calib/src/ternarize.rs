@@ -11,7 +11,7 @@ use crate::{
     moments::Statistics,
     refine::{refit_scales, sweep},
     report::MatrixReport,
-    solution::{Geometry, Solution, host},
+    solution::{Geometry, Solution, host, sum},
 };
 
 /// Damping of the refinements, in mean diagonal elements of `H`.
@@ -119,9 +119,4 @@ impl Recipe {
 /// Every row of a matrix rotated.
 pub(crate) fn rotate_rows(rows: &mut [f32], in_features: usize, rotation: Rotation) {
     rows.par_chunks_mut(in_features).for_each(|row| rotation.rotate(row));
-}
-
-/// In double precision and a fixed order, so that it does not depend on the thread count.
-fn sum<B: Backend>(values: Tensor<B, 2>) -> f64 {
-    values.sum_dim(1).into_data().iter::<f32>().map(f64::from).sum()
 }

@@ -12,7 +12,7 @@ use super::BLOCK;
 ///
 /// The weights of a rotated layer are stored rotated as well, `W H (s * .)`, so its function stays the same. The signs
 /// follow from the seed: sign `i` is bit `i % 64` of the SplitMix64 output for state `seed + i / 64`, set for a minus.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Rotation {
     /// Start of the random signs.
     pub seed: u64,

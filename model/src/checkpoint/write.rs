@@ -255,7 +255,11 @@ impl FolderWriter {
         if let Some(replaced) = &replaced {
             fs::rename(&self.output, replaced).map_err(failed)?;
         }
-        fs::rename(&self.partial, &self.output).map_err(failed)?;
+        if let Err(source) = fs::rename(&self.partial, &self.output) {
+            // What was there goes back to its place; if that fails too, it keeps its new name.
+            let _ = replaced.map(|replaced| fs::rename(replaced, &self.output));
+            return Err(failed(source));
+        }
         self.keep = true;
         sync(self.output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
         self.remove_notes(&self.output);
