@@ -54,6 +54,11 @@ impl<B: TernaryBackend> Attention<B> {
 }
 
 impl<B: Backend> Attention<B> {
+    /// Its four linears, in the order data flows.
+    pub fn projections(&self) -> [&Linear<B>; 4] {
+        [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj]
+    }
+
     /// The same attention with ternary projections.
     ///
     /// # Errors

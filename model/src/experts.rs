@@ -5,12 +5,8 @@ use burn::{
     nn,
     tensor::{IndexingUpdateOp, Int, Tensor, TensorData, backend::Backend},
 };
-use ternoss_backends::{
-    ClampedSwiGlu, FormatError, TernaryBackend,
-    reference::{clamped_swiglu, rotate},
-    ternary_experts,
-};
-use ternoss_quant::{PackedTernary, TernaryConfig, TernaryTensor, absmean};
+use ternoss_backends::{ClampedSwiGlu, FormatError, TernaryBackend, reference::clamped_swiglu, ternary_experts};
+use ternoss_quant::{Linear, PackedTernary, TernaryConfig, TernaryTensor};
 
 use crate::{
     checkpoint::{Checkpoint, ExpertMatrix},
@@ -28,13 +24,13 @@ pub enum Experts<B: Backend> {
     Ternary(PackedExperts<B>),
 }
 
-/// One expert in full precision.
+/// One expert on its own: in full precision, or ternary while it is calibrated.
 #[derive(Module, Debug)]
 pub struct Expert<B: Backend> {
     /// `[hidden, 2 * intermediate]`: gate in even columns, up in odd ones.
-    pub gate_up_proj: nn::Linear<B>,
+    pub gate_up_proj: Linear<B>,
     /// `[intermediate, hidden]`
-    pub down_proj: nn::Linear<B>,
+    pub down_proj: Linear<B>,
 }
 
 /// All experts of a layer in memory.
@@ -71,8 +67,9 @@ pub struct PackedExperts<B: Backend> {
     pub down_proj: TernaryTensor<B>,
     /// `[experts, hidden]`
     pub down_proj_bias: Param<Tensor<B, 2>>,
+    /// Gate and up to the input of the second matrix.
     #[module(skip)]
-    pub(crate) activation: ClampedSwiGlu,
+    pub activation: ClampedSwiGlu,
 }
 
 impl<B: TernaryBackend> Experts<B> {
@@ -88,10 +85,17 @@ impl<B: TernaryBackend> Experts<B> {
     }
 }
 
-impl<B: Backend> Expert<B> {
+impl<B: TernaryBackend> Expert<B> {
     /// `down(swiglu(gate_up(x)))`: `[tokens, hidden]` to `[tokens, hidden]`.
     pub fn forward(&self, x: Tensor<B, 2>, activation: ClampedSwiGlu) -> Tensor<B, 2> {
         self.down_proj.forward(clamped_swiglu(self.gate_up_proj.forward(x), activation))
+    }
+}
+
+impl<B: Backend> DenseExperts<B> {
+    /// Experts of one activation.
+    pub fn new(experts: Vec<Expert<B>>, activation: ClampedSwiGlu) -> Self {
+        Self { experts, activation }
     }
 }
 
@@ -106,10 +110,10 @@ impl<B: Backend> StreamedExperts<B> {
                 .expert_columns(self.layer, matrix, expert)
                 .unwrap_or_else(|_| vec![f32::NAN; in_features * out_features]);
             let weight = Tensor::from_data(TensorData::new(weights, [in_features, out_features]), &device);
-            nn::Linear {
+            Linear::Dense(nn::Linear {
                 weight: Param::from_tensor(weight),
                 bias: Some(Param::from_tensor(bias.val().slice_dim(0, expert..expert + 1).squeeze_dim(0))),
-            }
+            })
         };
         Expert {
             gate_up_proj: linear(ExpertMatrix::GateUp, &self.gate_up_proj_bias),
@@ -199,11 +203,13 @@ impl<B: Backend> Experts<B> {
         let (mut gate_up_bias, mut down_bias) = (Vec::new(), Vec::new());
         let mut device = None;
         for expert in experts {
-            gate_up.push(pack(&expert.gate_up_proj, config)?);
-            down.push(pack(&expert.down_proj, config)?);
+            gate_up.push(expert.gate_up_proj.to_packed(config)?);
+            down.push(expert.down_proj.to_packed(config)?);
+            let zeros = |linear: &Linear<B>| Tensor::zeros([linear.shape()[1]], &B::Device::default());
+            let bias = |linear: &Linear<B>| linear.bias().unwrap_or_else(|| zeros(linear)).detach();
             gate_up_bias.push(bias(&expert.gate_up_proj));
             down_bias.push(bias(&expert.down_proj));
-            device = Some(expert.down_proj.weight.val().device());
+            device = down_bias.last().map(Tensor::device);
         }
         let device = device.unwrap_or_default();
         Ok(Self::Ternary(PackedExperts {
@@ -213,21 +219,5 @@ impl<B: Backend> Experts<B> {
             down_proj_bias: stack(down_bias),
             activation,
         }))
-    }
-}
-
-fn pack<B: Backend>(linear: &nn::Linear<B>, config: &TernaryConfig) -> Result<PackedTernary, FormatError> {
-    let weight = linear.weight.val().transpose().detach();
-    let weight = match config.rotation {
-        Some(rotation) => rotate(weight, rotation),
-        None => weight,
-    };
-    PackedTernary::pack(&[absmean(weight, config.granularity)], config.format, config.rotation)
-}
-
-fn bias<B: Backend>(linear: &nn::Linear<B>) -> Tensor<B, 1> {
-    match &linear.bias {
-        Some(bias) => bias.val().detach(),
-        None => Tensor::zeros([linear.weight.dims()[1]], &linear.weight.val().device()),
     }
 }

@@ -3,7 +3,7 @@
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use ternoss_backends::TernaryBackend;
 
-use crate::{GptOss, TokenOutOfRange};
+use crate::{GptOss, TokenOutOfRange, table::Table};
 
 /// What a measurement found.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -82,6 +82,74 @@ fn windows(tokens: &[u32], context: usize) -> Result<std::slice::ChunksExact<'_,
     Ok(tokens.chunks_exact(context))
 }
 
+/// Rows of logits to hold in memory at once.
+pub fn rows_at_once(vocab_size: usize) -> usize {
+    (LOGITS_AT_ONCE / vocab_size).max(1)
+}
+
+/// What two models predict on the same text, summed over its tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Comparison {
+    divergence: f64,
+    same: usize,
+    positions: usize,
+    own: f64,
+    other: f64,
+    predicted: usize,
+}
+
+impl Comparison {
+    /// Adds a window of tokens: of each model the output layer and its inputs, normed, `[tokens, hidden]`.
+    pub fn add<B: TernaryBackend>(
+        &mut self,
+        own: (&Table<B>, Tensor<B, 2>),
+        other: (&Table<B>, Tensor<B, 2>),
+        window: &[u32],
+    ) {
+        let rows = rows_at_once(own.0.rows());
+        for first in (0..window.len()).step_by(rows) {
+            let rows = first..(first + rows).min(window.len());
+            let next = &window[(first + 1).min(window.len())..(rows.end + 1).min(window.len())];
+            let likelihoods = |(head, hidden): &(&Table<B>, Tensor<B, 2>)| {
+                activation::log_softmax(head.logits(hidden.clone().slice_dim(0, rows.clone())), 1)
+            };
+            let (own, other) = (likelihoods(&own), likelihoods(&other));
+            let best = |likelihoods: &Tensor<B, 2>| -> Vec<i64> {
+                likelihoods.clone().argmax(1).into_data().iter::<i64>().collect()
+            };
+            self.same += best(&own).iter().zip(best(&other)).filter(|(own, other)| **own == *other).count();
+            self.own += surprise(&own, next);
+            self.other += surprise(&other, next);
+            let kl = (other.clone().exp() * (other - own)).sum_dim(1);
+            self.divergence += kl.into_data().iter::<f32>().map(f64::from).sum::<f64>();
+            self.positions += rows.len();
+            self.predicted += next.len();
+        }
+    }
+
+    /// How close both are.
+    pub fn agreement(&self) -> Agreement {
+        let positions = self.positions as f64;
+        Agreement { kl_divergence: self.divergence / positions, top_1: self.same as f64 / positions }
+    }
+
+    /// Perplexity of the one and of the other.
+    pub fn perplexities(&self) -> [f64; 2] {
+        [self.own, self.other].map(|nll| (nll / self.predicted as f64).exp())
+    }
+}
+
+/// Sum of the negative logarithms of the probabilities that the first rows `[tokens, vocabulary]` give to `next`.
+fn surprise<B: TernaryBackend>(likelihoods: &Tensor<B, 2>, next: &[u32]) -> f64 {
+    if next.is_empty() {
+        return 0.0;
+    }
+    let ids: Vec<i64> = next.iter().map(|id| i64::from(*id)).collect();
+    let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [next.len(), 1]), &likelihoods.device());
+    let chosen = likelihoods.clone().slice_dim(0, 0..next.len()).gather(1, ids);
+    -chosen.into_data().iter::<f32>().map(f64::from).sum::<f64>()
+}
+
 impl<B: TernaryBackend> GptOss<B> {
     /// Mean cross-entropy over non-overlapping windows of `context` tokens, the tail dropped; `progress` hears of
     /// every window that is done and the figures so far.
@@ -123,35 +191,17 @@ impl<B: TernaryBackend> GptOss<B> {
         if own != other {
             return Err(PerplexityError::Vocabulary { own, other });
         }
-        let (mut divergence, mut same, mut count) = (0.0, 0, 0);
+        let mut sum = Comparison::default();
         for (number, window) in windows(tokens, context)?.enumerate() {
             let hidden = |model: &Self, ids| model.hidden(ids, &mut model.new_cache());
             let (own, other) = (hidden(self, self.tokens(window)?), hidden(teacher, teacher.tokens(window)?));
-            for first in (0..context).step_by(self.rows_at_once()) {
-                let rows = first..(first + self.rows_at_once()).min(context);
-                let likelihoods = |model: &Self, hidden: &Tensor<B, 2>| {
-                    activation::log_softmax(model.lm_head.logits(hidden.clone().slice_dim(0, rows.clone())), 1)
-                };
-                let (own, other) = (likelihoods(self, &own), likelihoods(teacher, &other));
-                let best = |likelihoods: &Tensor<B, 2>| -> Vec<i64> {
-                    likelihoods.clone().argmax(1).into_data().iter::<i64>().collect()
-                };
-                same += best(&own).iter().zip(best(&other)).filter(|(own, other)| **own == *other).count();
-                let kl = (other.clone().exp() * (other - own)).sum_dim(1);
-                divergence += kl.into_data().iter::<f32>().map(f64::from).sum::<f64>();
-                count += rows.len();
-            }
-            if divergence.is_nan() {
+            sum.add((&self.lm_head, own), (&teacher.lm_head, other), window);
+            if sum.divergence.is_nan() {
                 return Err(PerplexityError::NotANumber { window: number });
             }
             progress();
         }
-        Ok(Agreement { kl_divergence: divergence / count as f64, top_1: same as f64 / count as f64 })
-    }
-
-    /// Rows of logits in memory at once.
-    fn rows_at_once(&self) -> usize {
-        (LOGITS_AT_ONCE / self.config().vocab_size).max(1)
+        Ok(sum.agreement())
     }
 
     /// The natural logarithm of each token's probability, given those before it: one less than `tokens`.
@@ -165,7 +215,7 @@ impl<B: TernaryBackend> GptOss<B> {
         let ids = self.tokens(tokens)?;
         let device = ids.device();
         let hidden = self.hidden(ids, &mut self.new_cache());
-        let rows = self.rows_at_once();
+        let rows = rows_at_once(self.config().vocab_size);
         let mut likelihoods = Vec::with_capacity(targets.len());
         for (chunk, targets) in targets.chunks(rows).enumerate() {
             let first = chunk * rows;

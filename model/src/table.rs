@@ -28,6 +28,11 @@ impl<B: Backend> Table<B> {
         }
     }
 
+    /// Tokens it has a row for.
+    pub fn rows(&self) -> usize {
+        self.words.dims()[0]
+    }
+
     fn matrix(&self) -> StoredMatrix<B> {
         StoredMatrix { words: self.words.val(), columns: self.hidden, float: self.float }
     }

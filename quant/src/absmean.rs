@@ -54,12 +54,12 @@ impl<B: Backend> TernaryParts<B> {
 
     /// The ternary matrix in full: `[rows, in_features]`.
     pub fn to_dense(&self) -> Tensor<B, 2> {
-        let [rows, in_features] = self.trits.dims();
+        let in_features = self.trits.dims()[1];
         let row_scales = self.row_scales.clone().unsqueeze_dim(1);
         match (&self.group_scales, self.group_size) {
             (Some(group_scales), Some(size)) => {
                 let scales = group_scales.clone() * row_scales;
-                self.trits.clone() * spread(scales, rows, in_features, size)
+                self.trits.clone() * spread(scales, in_features, size)
             }
             _ => self.trits.clone() * row_scales,
         }
@@ -86,7 +86,7 @@ pub fn absmean<B: Backend>(weight: Tensor<B, 2>, granularity: Granularity) -> Te
         Granularity::Group(size) => {
             let groups = in_features.div_ceil(size);
             let mean = group_means(magnitude(weight.clone()), groups, size);
-            let trits = round_to_trits(weight, spread(mean.clone(), rows, in_features, size));
+            let trits = round_to_trits(weight, spread(mean.clone(), in_features, size));
             TernaryParts::from_scales(trits, mean, Some(size))
         }
     }
@@ -132,9 +132,9 @@ fn snap_group_scales<B: Backend>(scales: Tensor<B, 2>) -> (Tensor<B, 1>, Tensor<
     (step.squeeze_dim(1), multiples)
 }
 
-/// Repeats each group's value over its inputs: `[rows, groups]` to `[rows, in_features]`.
-fn spread<B: Backend>(values: Tensor<B, 2>, rows: usize, in_features: usize, size: usize) -> Tensor<B, 2> {
-    let groups = in_features.div_ceil(size);
+/// Repeats each group's value over its `size` inputs: `[rows, groups]` to `[rows, in_features]`.
+pub fn spread<B: Backend>(values: Tensor<B, 2>, in_features: usize, size: usize) -> Tensor<B, 2> {
+    let [rows, groups] = values.dims();
     values
         .unsqueeze_dim::<3>(2)
         .expand([rows, groups, size])

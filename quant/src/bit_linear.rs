@@ -2,7 +2,7 @@
 
 use burn::{
     config::Config,
-    module::{Module, Param},
+    module::{Module, Param, ParamId},
     nn,
     tensor::{Tensor, backend::Backend},
 };
@@ -38,12 +38,28 @@ pub struct LatentWeight<B: Backend> {
     /// `[out_features, in_features]`, of the rotated input where the configuration has a rotation.
     pub weight: Param<Tensor<B, 2>>,
     config: TernaryConfig,
+    /// Whether the weight is ternary as it stands, composed of trits and scales by its owner.
+    composed: bool,
+}
+
+impl<B: Backend> BitWeight<B> {
+    fn latent(weight: Param<Tensor<B, 2>>, config: &TernaryConfig, composed: bool) -> Self {
+        Self::Latent(LatentWeight { weight, config: *config, composed })
+    }
 }
 
 impl<B: Backend> LatentWeight<B> {
+    fn to_packed(&self) -> Result<PackedTernary, FormatError> {
+        let parts = absmean(self.weight.val().detach(), self.config.granularity);
+        PackedTernary::pack(&[parts], self.config.format, self.config.rotation)
+    }
+
     /// The ternary matrix in full, with a straight-through gradient to the latent weight: `[out_features, in_features]`.
     pub fn fake_quantize(&self) -> Tensor<B, 2> {
         let latent = self.weight.val();
+        if self.composed {
+            return latent;
+        }
         let frozen = latent.clone().detach();
         let ternary = absmean(frozen.clone(), self.config.granularity).to_dense();
         absmax::straight_through(latent, frozen, ternary)
@@ -83,9 +99,19 @@ impl<B: Backend> BitLinear<B> {
             None => weight,
         };
         Self {
-            weight: BitWeight::Latent(LatentWeight { weight: Param::from_tensor(weight), config: *config }),
+            weight: BitWeight::latent(Param::from_tensor(weight), config, false),
             // A parameter that was never used draws its random values anew in every clone.
             bias: linear.bias.as_ref().map(|bias| Param::initialized(bias.id, bias.val())),
+        }
+    }
+
+    /// A layer whose weight (`[out_features, in_features]`, of the rotated input where `config` has a rotation) is composed
+    /// of trits and scales elsewhere and used as it is: gradients flow through it to whatever it was composed of.
+    pub fn composed(weight: Tensor<B, 2>, bias: Option<Tensor<B, 1>>, config: &TernaryConfig) -> Self {
+        let keep = |tensor| Param::initialized(ParamId::new(), tensor);
+        Self {
+            weight: BitWeight::latent(Param::initialized(ParamId::new(), weight), config, true),
+            bias: bias.map(keep),
         }
     }
 
@@ -113,11 +139,19 @@ impl<B: Backend> BitLinear<B> {
         let BitWeight::Latent(latent) = &self.weight else {
             return Ok(self);
         };
-        let weight = latent.weight.val().detach();
-        let parts = absmean(weight.clone(), latent.config.granularity);
-        let packed = PackedTernary::pack(&[parts], latent.config.format, latent.config.rotation)?;
-        let packed = TernaryTensor::from_packed(packed, &weight.device())?;
+        let packed = TernaryTensor::from_packed(latent.to_packed()?, &latent.weight.val().device())?;
         Ok(Self { weight: BitWeight::Packed(packed), bias: self.bias })
+    }
+
+    /// The packed weight in host memory.
+    ///
+    /// # Errors
+    /// As [`pack`](Self::pack).
+    pub fn to_packed(&self) -> Result<PackedTernary, FormatError> {
+        match &self.weight {
+            BitWeight::Latent(latent) => latent.to_packed(),
+            BitWeight::Packed(packed) => Ok(packed.to_packed()),
+        }
     }
 }
 

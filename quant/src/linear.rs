@@ -1,13 +1,13 @@
 //! A linear layer that is dense or ternary.
 
 use burn::{
-    module::Module,
+    module::{Module, Param},
     nn,
     tensor::{Tensor, backend::Backend},
 };
 use ternoss_backends::{FormatError, TernaryBackend};
 
-use crate::{BitLinear, TernaryConfig};
+use crate::{BitLinear, PackedTernary, TernaryConfig};
 
 /// `y = x W^T + b`, its weight in full precision or ternary: the type of every linear field of a model, so that
 /// making the model ternary is a matter of values, not of types.
@@ -37,6 +37,23 @@ impl<B: Backend> Linear<B> {
             Self::Dense(dense) => BitLinear::from_linear(dense, config).pack().map(Self::Ternary),
             Self::Ternary(ternary) => ternary.clone().pack().map(Self::Ternary),
         }
+    }
+
+    /// The weight of [`to_ternary`](Self::to_ternary) in host memory.
+    ///
+    /// # Errors
+    /// As [`to_ternary`](Self::to_ternary).
+    pub fn to_packed(&self, config: &TernaryConfig) -> Result<PackedTernary, FormatError> {
+        match self {
+            Self::Dense(dense) => BitLinear::from_linear(dense, config).to_packed(),
+            Self::Ternary(ternary) => ternary.to_packed(),
+        }
+    }
+
+    /// `[out_features]`
+    pub fn bias(&self) -> Option<Tensor<B, 1>> {
+        let (Self::Dense(nn::Linear { bias, .. }) | Self::Ternary(BitLinear { bias, .. })) = self;
+        bias.as_ref().map(Param::val)
     }
 }
 

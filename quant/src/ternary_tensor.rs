@@ -155,6 +155,17 @@ impl<B: Backend> TernaryTensor<B> {
         Ok(Self::new(weight))
     }
 
+    /// Copies the matrices to host memory, the opposite of [`from_packed`](Self::from_packed).
+    pub fn to_packed(&self) -> PackedTernary {
+        let weight = self.weight();
+        PackedTernary {
+            layout: self.layout,
+            codes: weight.codes.into_data().iter::<u32>().collect(),
+            row_scales: host(weight.row_scales),
+            group_scales: weight.group_scales.map(|s| s.into_data().iter::<u8>().collect()).unwrap_or_default(),
+        }
+    }
+
     /// Shape and format.
     pub fn layout(&self) -> TernaryLayout {
         self.layout

@@ -7,12 +7,11 @@ use clap::Args;
 use serde_json::json;
 use ternoss::{
     Cpu,
-    calib::{Calibration, Method, QuantizeOptions, Steps, quantize, ternary_weights},
+    calib::{Calibration, Method, QuantizeOptions, Steps, quantize},
     model::Checkpoint,
 };
 
-use super::{CALIBRATION, Device, ModelArgs, tokenizer};
-use crate::progress::{Progress, Unit};
+use super::{CALIBRATION, Device, ModelArgs, quantize::with_progress, tokenizer};
 
 /// Measure what each step of the quantization is worth
 ///
@@ -88,11 +87,9 @@ pub(crate) fn run(args: AblationArgs) -> Result<()> {
         let folder = tempfile::tempdir()?;
         let output = folder.path().join("ternary");
         let started = Instant::now();
-        let progress = Progress::new(&name, ternary_weights(&checkpoint) as u64, Unit::Count("weights"));
-        let advance = |weights: usize| progress.advance(weights as u64);
-        let device = Device::default();
-        let report = quantize::<Cpu>(&checkpoint, &output, &options, Some(&calibration), &device, &advance)?;
-        drop(progress);
+        let report = with_progress(&name, &checkpoint, &options, |progress| {
+            quantize::<Cpu>(&checkpoint, &output, &options, Some(&calibration), &Device::default(), progress)
+        })?;
         let seconds = started.elapsed().as_secs_f64();
         let perplexity = measure(&args, &Checkpoint::open(&output)?, &tokens)?;
         print_row(&args, &name, Some(report.bits_per_weight), perplexity, seconds)?;

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use ternoss::{
     Cpu,
-    calib::{Calibration, Method, QuantizeOptions, Report, quantize, ternary_weights},
+    calib::{Calibration, Method, QuantizeOptions, Report, quantize},
     model::{
         Checkpoint, GptOss, LoadOptions, StopRules,
         sampling::{Sampler, SamplingConfig},
@@ -14,7 +14,7 @@ use ternoss::{
     },
 };
 
-use super::{CALIBRATION, Device, bytes};
+use super::{CALIBRATION, Device, bytes, quantize::with_progress};
 use crate::progress::{Progress, Unit};
 
 /// Quantize the small model inside this program and compare it before and after
@@ -86,12 +86,13 @@ pub(crate) fn run(args: DemoArgs) -> Result<()> {
 
 fn quantize_shipped(dense: &Path, ternary: &Path) -> Result<Report> {
     let checkpoint = Checkpoint::open(dense)?;
-    let progress = Progress::new("quantize", ternary_weights(&checkpoint) as u64, Unit::Count("weights"));
-    let advance = |weights: usize| progress.advance(weights as u64);
     let options = QuantizeOptions::new(Method::Ternoss);
     let tokens = Tokenizer::from_folder(dense)?.encode(CALIBRATION, true)?;
     let calibration = Calibration::new(&tokens, CONTEXT, CALIBRATION_TOKENS, checkpoint.config())?;
-    Ok(quantize::<Cpu>(&checkpoint, ternary, &options, Some(&calibration), &Device::default(), &advance)?)
+    let report = with_progress("quantize", &checkpoint, &options, |progress| {
+        quantize::<Cpu>(&checkpoint, ternary, &options, Some(&calibration), &Device::default(), progress)
+    })?;
+    Ok(report)
 }
 
 fn measure(name: &str, folder: &Path, bits_per_weight: f64, args: &DemoArgs) -> Result<Measured> {

@@ -1,13 +1,13 @@
 //! `ternoss quantize`
 
-use std::{fs, io, path::PathBuf};
+use std::{fs, io, path::PathBuf, sync::OnceLock};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use ternoss::{
     Cpu,
     backends::CodeFormat,
-    calib::{Calibration, Method, QuantizeOptions, Report, quantize, ternary_weights},
+    calib::{self, Calibration, Method, QuantizeOptions, Report, Steps, quantize, ternary_weights},
     model::Checkpoint,
     quant::{Granularity, TernaryConfig},
 };
@@ -29,7 +29,7 @@ pub(crate) struct QuantizeArgs {
     /// Quantization method: absmean, pt-bitnet or ternoss
     #[arg(long, default_value_t = Method::Ternoss)]
     method: Method,
-    /// Steps of the method to leave out: rotation, regression, compensation, sweeps, bias
+    /// Steps of the method to leave out: rotation, regression, compensation, sweeps, bias, reconstruction
     #[arg(long, value_name = "STEP,..", value_delimiter = ',')]
     without: Vec<String>,
     /// UTF-8 text to calibrate on, the more like the text the model is for, the better; without it, some novels and
@@ -45,6 +45,12 @@ pub(crate) struct QuantizeArgs {
     /// Trits a weight is the sum of: 1, 2 or 3
     #[arg(long, default_value_t = 1)]
     planes: usize,
+    /// Tune every layer by gradients on its own output, for so many steps; kept only where that helps
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "40")]
+    reconstruction: Option<usize>,
+    /// Afterwards tune scales, norms, biases, sinks and router on the full-precision model's predictions, for so many steps
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_value_t = 0, default_missing_value = "100")]
+    distill: usize,
     /// Inputs per scale (a multiple of 64), "row" for one scale a row, "tensor" for one a matrix
     #[arg(long, default_value = "64", value_parser = granularity)]
     group_size: Granularity,
@@ -73,14 +79,16 @@ fn granularity(text: &str) -> Result<Granularity, String> {
 pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
     let steps = args.without.iter().try_fold(args.method.steps(), |steps, step| steps.without(step));
+    let steps = steps.map_err(anyhow::Error::msg)?;
     let options = QuantizeOptions {
         method: args.method,
-        steps: steps.map_err(anyhow::Error::msg)?,
+        steps: Steps { reconstruction: args.reconstruction.unwrap_or(steps.reconstruction), ..steps },
         ternary: TernaryConfig { granularity: args.group_size, format: args.format, rotation: None },
         planes: args.planes,
+        distill: args.distill,
         overwrite: args.overwrite,
     };
-    let looks_at_text = options.steps.look_at_text();
+    let looks_at_text = options.steps.look_at_text() || options.distill > 0;
     ensure!(
         looks_at_text || args.calibration.is_none(),
         "{} with these steps looks at no calibration text",
@@ -90,16 +98,32 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         true => Some(calibration(&args, &checkpoint)?),
         false => None,
     };
-    let progress = Progress::new("quantize", ternary_weights(&checkpoint) as u64, Unit::Count("weights"));
-    let device = Device::default();
-    let advance = |weights: usize| progress.advance(weights as u64);
-    let report = quantize::<Cpu>(&checkpoint, &args.output, &options, calibration.as_ref(), &device, &advance)?;
-    drop(progress);
+    let report = with_progress("quantize", &checkpoint, &options, |progress| {
+        quantize::<Cpu>(&checkpoint, &args.output, &options, calibration.as_ref(), &Device::default(), progress)
+    })?;
     match args.json {
         true => print_line!("{}", serde_json::to_string_pretty(&report)?)?,
         false => print_report(&report)?,
     }
     Ok(())
+}
+
+/// Runs a quantization and shows how far it has come.
+pub(super) fn with_progress<T>(
+    name: &str,
+    checkpoint: &Checkpoint,
+    options: &QuantizeOptions,
+    run: impl FnOnce(&(dyn Fn(calib::Progress) + Sync)) -> T,
+) -> T {
+    let weights = Progress::new(name, ternary_weights(checkpoint) as u64, Unit::Count("weights"));
+    let steps = OnceLock::new();
+    run(&|event| match event {
+        calib::Progress::Weights(count) => weights.advance(count as u64),
+        calib::Progress::Distilled { divergence } => {
+            tracing::info!("divergence {divergence:.4}");
+            steps.get_or_init(|| Progress::new("distill", options.distill as u64, Unit::Count("steps"))).advance(1);
+        }
+    })
 }
 
 /// The calibration text as windows of tokens.

@@ -28,6 +28,9 @@ pub enum CalibError {
         /// Tokens a window.
         context: usize,
     },
+    /// Distillation has nothing to be judged on.
+    #[error("distillation needs a calibration text of at least two windows: one of them is held out to judge it")]
+    NothingHeldOut,
     /// The calibration text holds a token that the model does not have.
     #[error("token {token} of the calibration text is outside the vocabulary of {vocab_size}")]
     Token {

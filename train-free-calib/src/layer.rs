@@ -5,7 +5,7 @@ use burn::{
     tensor::{IndexingUpdateOp, Int, Tensor, TensorData},
 };
 use rayon::prelude::*;
-use ternoss_backends::{ClampedSwiGlu, TernaryBackend, reference::clamped_swiglu};
+use ternoss_backends::{ClampedSwiGlu, TernaryBackend, TernaryWeight, reference::clamped_swiglu};
 use ternoss_model::{
     Checkpoint, ExpertPlacement, LoadOptions,
     cache::LayerCache,
@@ -16,11 +16,13 @@ use ternoss_model::{
     router::Routing,
     table::Table,
 };
-use ternoss_quant::{BitLinear, Linear, PackedTernary, TernaryTensor, absmax::fake_quantize};
+use ternoss_quant::{BitLinear, BitWeight, Linear, PackedTernary, TernaryTensor, absmax::fake_quantize};
 
 use crate::{
     CalibError, Calibration,
+    distill::embed,
     moments::{Moments, Statistics},
+    reconstruct::Block,
     report::{LayerReport, MatrixReport},
     solution::host,
     ternarize::{Recipe, rotate_rows},
@@ -34,6 +36,8 @@ const EXPERTS_AT_ONCE: usize = 4;
 pub(crate) struct Activations<B: TernaryBackend> {
     pub(crate) teacher: Vec<Tensor<B, 2>>,
     pub(crate) student: Vec<Tensor<B, 2>>,
+    /// How many of the windows are calibrated on; the others come after them and are held out.
+    pub(crate) calibrated: usize,
 }
 
 impl<B: TernaryBackend> Activations<B> {
@@ -44,13 +48,9 @@ impl<B: TernaryBackend> Activations<B> {
         device: &B::Device,
     ) -> Result<Self, CalibError> {
         let table = Table::<B>::embedding(checkpoint, device)?;
-        let embed = |window: &Vec<u32>| {
-            let ids: Vec<i64> = window.iter().map(|id| i64::from(*id)).collect();
-            let shape = [ids.len()];
-            table.embed(Tensor::from_data(TensorData::new(ids, shape), device))
-        };
+        let embed = |window: &Vec<u32>| embed(&table, window, device);
         let teacher: Vec<_> = calibration.windows().iter().map(embed).collect();
-        Ok(Self { student: teacher.clone(), teacher })
+        Ok(Self { student: teacher.clone(), teacher, calibrated: calibration.calibrated() })
     }
 
     /// Both streams as bytes, to go on from after an interruption.
@@ -83,14 +83,14 @@ impl<B: TernaryBackend> Activations<B> {
     }
 }
 
-/// A bias that calibration changed: name, shape, values.
-pub(crate) type ChangedBias = (String, Vec<usize>, Vec<f32>);
+/// A float tensor that calibration changed: name, shape, values.
+pub(crate) type ChangedFloats = (String, Vec<usize>, Vec<f32>);
 
 /// What a layer became.
 #[derive(Default)]
 pub(crate) struct TernaryLayer {
     pub(crate) matrices: Vec<(TernaryPath, PackedTernary)>,
-    pub(crate) biases: Vec<ChangedBias>,
+    pub(crate) floats: Vec<ChangedFloats>,
     pub(crate) report: LayerReport,
 }
 
@@ -112,6 +112,8 @@ struct Visits<B: TernaryBackend> {
     /// `[n, 1]`
     weights: Tensor<B, 2>,
     count: usize,
+    /// How many of them, the first, are calibrated on.
+    calibrated: usize,
 }
 
 impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
@@ -130,9 +132,74 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
 
     /// Calibrates the layer; `activations` are those before it and become those after it.
     pub(crate) fn run(mut self, activations: &mut Activations<B>) -> Result<TernaryLayer, CalibError> {
+        let inputs = activations.student.clone();
         self.attention(activations)?;
         self.experts(activations)?;
+        self.reconstruct(&inputs, activations)?;
         Ok(self.result)
+    }
+
+    /// Block reconstruction, where it is asked for and there is text to judge it on.
+    fn reconstruct(&mut self, inputs: &[Tensor<B, 2>], activations: &mut Activations<B>) -> Result<(), CalibError> {
+        let steps = self.recipe.steps.reconstruction;
+        if steps == 0 || activations.calibrated == inputs.len() {
+            return Ok(());
+        }
+        let config = self.checkpoint.config();
+        let rope = RotaryEmbedding::new(&config.rope, config.head_dim);
+        let block = Block {
+            inputs,
+            targets: &activations.teacher,
+            calibrated: activations.calibrated,
+            rope: &rope.tables(0..activations.context(), self.device),
+            rope_of_gradients: &rope.tables(0..activations.context(), self.device),
+            window: config.window(self.number),
+        };
+        let (report, result) = block.reconstruct(&self.student, self.neighbours()?, steps)?;
+        self.result.report.reconstruction = Some(report);
+        let Some(hard) = result else { return Ok(()) };
+        for (x, input) in activations.student.iter_mut().zip(inputs) {
+            *x = hard.layer.forward(input.clone(), block.rope, &mut LayerCache::new(block.window));
+        }
+        self.student = hard.layer.clone();
+        let report = std::mem::take(&mut self.result.report);
+        self.result = TernaryLayer { report, ..hard.written(self.number) };
+        Ok(())
+    }
+
+    /// Where each trit may go, for every plane of every matrix: from 0 to the sign of what is missing, back to 0 otherwise.
+    fn neighbours(&self) -> Result<Vec<Tensor<B, 2>>, CalibError> {
+        let config = self.checkpoint.config();
+        let mut all = Vec::new();
+        let mut add =
+            |[in_features, rows]: [usize; 2], mut weight: Vec<f32>, packed: TernaryWeight<B>, matrix: usize| {
+                if let Some(rotation) = packed.layout.rotation {
+                    rotate_rows(&mut weight, in_features, rotation);
+                }
+                let weight = Tensor::<B, 2>::from_data(TensorData::new(weight, [rows, in_features]), self.device);
+                let missing = (weight - packed.to_dense(matrix)).sign();
+                for plane in 0..packed.layout.planes {
+                    let (trits, _) = packed.parts(matrix, plane);
+                    let zero = trits.clone().equal_elem(0.0).float();
+                    all.push(missing.clone() * zero - trits);
+                }
+            };
+        for (name, linear) in LinearName::ALL.into_iter().zip(self.student.self_attn.projections()) {
+            let shape @ [in_features, rows] = name.shape(config);
+            let weight = self.checkpoint.floats(&format!("{}.weight", name.path(self.number)), &[rows, in_features])?;
+            if let Linear::Ternary(BitLinear { weight: BitWeight::Packed(packed), .. }) = linear {
+                add(shape, weight, packed.weight(), 0);
+            }
+        }
+        if let Experts::Ternary(packed) = &self.student.mlp.experts {
+            for expert in 0..config.num_local_experts {
+                for (matrix, tensor) in ExpertMatrix::ALL.into_iter().zip([&packed.gate_up_proj, &packed.down_proj]) {
+                    let weight = self.checkpoint.expert_rows(self.number, matrix, expert)?;
+                    add(matrix.shape(config), weight, tensor.weight(), expert);
+                }
+            }
+        }
+        Ok(all)
     }
 
     fn attention(&mut self, activations: &mut Activations<B>) -> Result<(), CalibError> {
@@ -145,7 +212,8 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         };
         let teacher_in = norm(&self.teacher, &activations.teacher);
         let student_in = norm(&self.student, &activations.student);
-        let statistics = self.moments(&student_in, &teacher_in).statistics();
+        let calibrated = activations.calibrated;
+        let statistics = self.moments(&student_in[..calibrated], &teacher_in[..calibrated]).statistics();
         for name in [LinearName::Q, LinearName::K, LinearName::V] {
             let linear = self.linear(name, statistics.as_ref())?;
             match name {
@@ -159,7 +227,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         };
         let teacher_mix = mix(&self.teacher, teacher_in);
         let student_mix = mix(&self.student, student_in);
-        let statistics = self.moments(&student_mix, &teacher_mix).statistics();
+        let statistics = self.moments(&student_mix[..calibrated], &teacher_mix[..calibrated]).statistics();
         self.student.self_attn.o_proj = self.linear(LinearName::O, statistics.as_ref())?;
         let add = |streams: &mut Vec<Tensor<B, 2>>, linear: &Linear<B>, mixed: Vec<Tensor<B, 2>>| {
             streams.par_iter_mut().zip(mixed).for_each(|(x, mixed)| *x = x.clone() + linear.forward(mixed));
@@ -169,7 +237,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         Ok(())
     }
 
-    /// Moments of a linear's inputs over all windows.
+    /// Moments of a linear's inputs over windows.
     fn moments(&self, student: &[Tensor<B, 2>], teacher: &[Tensor<B, 2>]) -> Moments<B> {
         let (student, teacher) = (Tensor::cat(student.to_vec(), 0), Tensor::cat(teacher.to_vec(), 0));
         let mut moments = Moments::new(student.dims()[1], self.device);
@@ -193,7 +261,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
             let mut values = self.checkpoint.float_tensor::<B, 1>(&name, [rows], self.device)?;
             if let Some(shift) = ternarized.bias_shift {
                 values = values + shift;
-                self.result.biases.push((name, vec![rows], host(values.clone())));
+                self.result.floats.push((name, vec![rows], host(values.clone())));
             }
             bias = Some(values);
         }
@@ -211,10 +279,11 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let student_in = norm(&self.student, &activations.student);
         let config = self.checkpoint.config();
         let experts = config.num_local_experts;
-        let visits = self.visits(self.teacher.mlp.router.forward(teacher_in.clone()), experts);
+        let calibrated = activations.calibrated * activations.context();
+        let visits = self.visits(self.teacher.mlp.router.forward(teacher_in.clone()), experts, calibrated);
         let (seen, target) = (self.seen(student_in.clone()), self.rotated(teacher_in.clone()));
         let mut whole = Moments::new(config.hidden_size, self.device);
-        whole.add(seen.clone(), target.clone(), None);
+        whole.add(seen.clone().slice_dim(0, 0..calibrated), target.clone().slice_dim(0, 0..calibrated), None);
         let activation = config.activation();
         let inputs = ExpertInputs { teacher_in, student_in, seen, target, whole, activation };
         let mut packed = [Vec::with_capacity(experts), Vec::with_capacity(experts)];
@@ -229,7 +298,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
                 if let Some(part) = made.output {
                     output = output.select_assign(0, visits.rows.clone(), part, IndexingUpdateOp::Add);
                 }
-                self.result.report.expert_tokens.push(visits.count);
+                self.result.report.expert_tokens.push(visits.calibrated);
                 for (i, made) in made.matrices.into_iter().enumerate() {
                     self.result.report.matrices.push(made.report);
                     packed[i].push(made.packed);
@@ -256,11 +325,15 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
     ) -> Result<ExpertPair<B>, CalibError> {
         let config = self.checkpoint.config();
         let pick = |x: &Tensor<B, 2>| x.clone().select(0, visits.rows.clone());
+        let calibrated = |x: Tensor<B, 2>| x.slice_dim(0, 0..visits.calibrated);
         let importance = visits.weights.clone().square();
         let mut moments = Moments::new(config.hidden_size, self.device);
-        if visits.count > 0 {
-            moments.add(pick(&inputs.seen), pick(&inputs.target), Some(importance.clone()));
-        }
+        let add = |moments: &mut Moments<B>, student, teacher| {
+            if visits.calibrated > 0 {
+                moments.add(calibrated(student), calibrated(teacher), Some(calibrated(importance.clone())));
+            }
+        };
+        add(&mut moments, pick(&inputs.seen), pick(&inputs.target));
         let moments = moments.shrunk_to(&inputs.whole, 2.0 * config.hidden_size as f64);
         let upper = self.expert(ExpertMatrix::GateUp, number, &moments)?;
         if visits.count == 0 {
@@ -272,15 +345,15 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let teacher_hidden = hidden(&upper.teacher, &inputs.teacher_in);
         let student_hidden = hidden(&upper.student, &inputs.student_in);
         let mut moments = Moments::new(config.intermediate_size, self.device);
-        moments.add(self.seen(student_hidden), self.rotated(teacher_hidden.clone()), Some(importance));
+        add(&mut moments, self.seen(student_hidden), self.rotated(teacher_hidden.clone()));
         let moments = moments.shrunk_to_diagonal(2.0 * config.intermediate_size as f64);
         let lower = self.expert(ExpertMatrix::Down, number, &moments)?;
         let output = lower.teacher.forward(teacher_hidden) * visits.weights.clone();
         Ok(ExpertPair { matrices: [upper, lower], output: Some(output) })
     }
 
-    /// Which tokens go to which expert.
-    fn visits(&self, routing: Routing<B>, experts: usize) -> Vec<Visits<B>> {
+    /// Which tokens go to which expert, in their order; the first `calibrated` tokens are calibrated on.
+    fn visits(&self, routing: Routing<B>, experts: usize, calibrated: usize) -> Vec<Visits<B>> {
         let k = routing.indices.dims()[1];
         let chosen: Vec<i64> = routing.indices.into_data().iter::<i64>().collect();
         let weights = host(routing.weights);
@@ -293,10 +366,12 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         }
         let visits = tokens.into_iter().map(|(rows, shares)| {
             let count = rows.len();
+            let calibrated = rows.partition_point(|row| (*row as usize) < calibrated);
             Visits {
                 rows: Tensor::from_data(TensorData::new(rows, [count]), self.device),
                 weights: Tensor::from_data(TensorData::new(shares, [count, 1]), self.device),
                 count,
+                calibrated,
             }
         });
         visits.collect()
@@ -355,7 +430,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
             let biases = biases.concat();
             let bias = Tensor::<B, 2>::from_data(TensorData::new(biases.clone(), shape), self.device);
             if self.recipe.steps.bias {
-                self.result.biases.push((format!("{path}_bias"), shape.to_vec(), biases));
+                self.result.floats.push((format!("{path}_bias"), shape.to_vec(), biases));
             }
             parts.push((TernaryTensor::from_packed(packed.clone(), self.device)?, bias));
             self.result.matrices.push((TernaryPath::Experts(path), packed));

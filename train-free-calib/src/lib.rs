@@ -18,22 +18,26 @@
 
 mod calibration;
 mod compensate;
+mod distill;
 mod error;
+mod hard;
 mod layer;
 mod levels;
 mod linalg;
 mod method;
 mod moments;
 mod pipeline;
+mod reconstruct;
 mod refine;
 mod report;
 mod solution;
 mod step;
 mod ternarize;
+mod tuned;
 
 pub use calibration::Calibration;
 pub use error::CalibError;
 pub use levels::MAX_PLANES;
 pub use method::{Method, Steps};
-pub use pipeline::{QuantizeOptions, quantize, ternary_weights};
-pub use report::{LayerReport, MatrixReport, Report};
+pub use pipeline::{Progress, QuantizeOptions, quantize, ternary_weights};
+pub use report::{Distilled, HeldOut, LayerReport, MatrixReport, Reconstruction, Report};

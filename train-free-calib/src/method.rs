@@ -32,13 +32,16 @@ pub struct Steps {
     pub sweeps: usize,
     /// Fold the mean error of every output into its bias: `b + W E[x] - Q E[x~]`.
     pub bias: bool,
+    /// Steps of block reconstruction by gradients on every layer.
+    pub reconstruction: usize,
 }
 
 impl Steps {
     /// Nothing but the best scales for each group of weights: looks at no text.
-    pub const NONE: Self = Self { rotation: false, regression: false, compensation: false, sweeps: 0, bias: false };
+    pub const NONE: Self =
+        Self { rotation: false, regression: false, compensation: false, sweeps: 0, bias: false, reconstruction: 0 };
     /// Names of the steps, as [`without`](Self::without) takes them.
-    pub const NAMES: [&str; 5] = ["rotation", "regression", "compensation", "sweeps", "bias"];
+    pub const NAMES: [&str; 6] = ["rotation", "regression", "compensation", "sweeps", "bias", "reconstruction"];
 
     /// The steps with one of them left out.
     ///
@@ -51,6 +54,7 @@ impl Steps {
             "compensation" => self.compensation = false,
             "sweeps" => self.sweeps = 0,
             "bias" => self.bias = false,
+            "reconstruction" => self.reconstruction = 0,
             _ => return Err(format!("unknown step {step:?}, expected one of: {}", Self::NAMES.join(", "))),
         }
         Ok(self)
@@ -58,7 +62,7 @@ impl Steps {
 
     /// Whether a calibration text is needed.
     pub fn look_at_text(&self) -> bool {
-        self.regression || self.compensation || self.sweeps > 0 || self.bias
+        self.regression || self.compensation || self.sweeps > 0 || self.bias || self.reconstruction > 0
     }
 }
 
@@ -71,7 +75,9 @@ impl Method {
         match self {
             Self::Absmean => Steps::NONE,
             Self::PtBitnet => Steps { sweeps: 2, ..Steps::NONE },
-            Self::Ternoss => Steps { rotation: true, regression: true, compensation: true, sweeps: 2, bias: true },
+            Self::Ternoss => {
+                Steps { rotation: true, regression: true, compensation: true, sweeps: 2, bias: true, reconstruction: 0 }
+            }
         }
     }
 }

@@ -1,22 +1,24 @@
 //! The streaming pipeline: checkpoint in, ternary folder out.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use ternoss_backends::{Rotation, TernaryBackend};
 use ternoss_model::{
-    Checkpoint,
-    checkpoint::{CONFIG_FILE, ExpertMatrix, FolderWriter, LinearName},
+    Checkpoint, CheckpointError, GptOss,
+    checkpoint::{CONFIG_FILE, ExpertMatrix, FolderWriter, LinearName, fingerprint},
     config::{FORMAT_VERSION, Quantization, TERNOSS, TernaryQuantization},
+    perplexity::Comparison,
 };
 use ternoss_quant::{Granularity, TernaryConfig};
 
 use crate::{
     CalibError, Calibration, Method, Report, Steps,
-    layer::Activations,
+    distill::Distillation,
+    layer::{Activations, TernaryLayer},
     levels::MAX_PLANES,
-    report::REPORT_FILE,
-    step::{Done, Job, activations_file},
+    report::{Distilled, HeldOut, REPORT_FILE},
+    step::{Done, Job, activations_file, write_changed},
     ternarize::Recipe,
 };
 
@@ -31,14 +33,35 @@ pub struct QuantizeOptions {
     pub ternary: TernaryConfig,
     /// Trits a weight is the sum of: 1 to 3 for ternoss, 1 for the others.
     pub planes: usize,
+    /// Steps of distillation after the last layer: 0 for none.
+    pub distill: usize,
     /// Whether an existing output may be replaced.
     pub overwrite: bool,
+}
+
+/// How far a quantization has come.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Progress {
+    /// So many more weights became ternary.
+    Weights(usize),
+    /// A step of distillation is done; before it the predictions had this mean divergence from the full-precision model's.
+    Distilled {
+        /// In nats.
+        divergence: f64,
+    },
 }
 
 impl QuantizeOptions {
     /// A method with all its steps, one plane.
     pub fn new(method: Method) -> Self {
-        Self { method, steps: method.steps(), ternary: TernaryConfig::default(), planes: 1, overwrite: false }
+        Self {
+            method,
+            steps: method.steps(),
+            ternary: TernaryConfig::default(),
+            planes: 1,
+            distill: 0,
+            overwrite: false,
+        }
     }
 }
 
@@ -62,13 +85,14 @@ pub fn ternary_weights(checkpoint: &Checkpoint) -> usize {
     config.num_hidden_layers() * (attention + config.num_local_experts * expert)
 }
 
-/// Makes a checkpoint ternary and writes it to `output`, one weight file a layer; `progress` hears how many weights
-/// became ternary since its last call. Methods that look at a text need `calibration`.
+/// Makes a checkpoint ternary and writes it to `output`, one weight file a layer; `progress` hears of the weights that
+/// became ternary. Methods that look at a text need `calibration`.
 ///
 /// Peak memory without a text is one layer's packed weights and four expert matrices in f32 with their temporaries:
 /// 0.8 GB for gpt-oss-20b. With a text it is a layer's packed weights, four experts in f32, and eight or nine
 /// copies of the text's residual stream. Every tensor is scanned for NaN and infinity. The output is whole or not there (see [`FolderWriter`]).
-/// A run that was killed goes on at the first layer that was not done, and gives the same bytes.
+/// A run that was killed goes on at the first layer that was not done, and gives the same bytes. Distillation starts anew:
+/// until it is done the model before it stands beside the output, as `OUTPUT.undistilled`.
 ///
 /// # Errors
 /// [`CalibError`], naming the file, the tensor, and what was expected.
@@ -78,30 +102,57 @@ pub fn quantize<B: TernaryBackend>(
     options: &QuantizeOptions,
     calibration: Option<&Calibration>,
     device: &B::Device,
-    progress: &(dyn Fn(usize) + Sync),
+    progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Report, CalibError> {
     check_folders(checkpoint, output)?;
     let recipe = recipe(options)?;
-    let job = Job::<B> { checkpoint, recipe, device, progress };
+    let weights = |weights| progress(Progress::Weights(weights));
+    let job = Job::<B> { checkpoint, recipe, device, progress: &weights };
     job.check_layout()?;
+    let calibration = calibration.filter(|_| recipe.steps.look_at_text() || options.distill > 0);
+    let settings = settings(checkpoint, &recipe, calibration);
+    let Some(calibration) = calibration.filter(|_| options.distill > 0) else {
+        return calibrate(&job, output, options, calibration, &settings);
+    };
+    if calibration.held_out().is_empty() {
+        return Err(CalibError::NothingHeldOut);
+    }
+    let undistilled = with_suffix(output, ".undistilled");
+    if output.exists() && !options.overwrite {
+        return Err(CheckpointError::OutputExists { path: output.into() }.into());
+    }
+    let finished = Report::read(&undistilled).filter(|report| report.run == fingerprint_of(&settings));
+    let report = match finished {
+        Some(report) => {
+            weights(ternary_weights(checkpoint));
+            report
+        }
+        None => calibrate(&job, &undistilled, options, Some(calibration), &settings)?,
+    };
+    let report = distill(&job, &undistilled, output, options, calibration, report, progress)?;
+    // A model that stays only takes space.
+    let _ = std::fs::remove_dir_all(&undistilled);
+    Ok(report)
+}
+
+/// Everything but distillation.
+fn calibrate<B: TernaryBackend>(
+    job: &Job<'_, B>,
+    output: &Path,
+    options: &QuantizeOptions,
+    calibration: Option<&Calibration>,
+    settings: &Value,
+) -> Result<Report, CalibError> {
+    let &Job { checkpoint, ref recipe, device, progress } = job;
     let calibration = calibration.filter(|_| recipe.steps.look_at_text());
     let mut activations = match calibration {
         Some(calibration) => Some(Activations::embed(checkpoint, calibration, device)?),
-        None if recipe.steps.look_at_text() => return Err(CalibError::NoText { method: options.method }),
+        None if recipe.steps.look_at_text() => return Err(CalibError::NoText { method: recipe.method }),
         None => None,
     };
     let config = read_config(checkpoint)?;
-    let settings = json!({
-        "program": env!("CARGO_PKG_VERSION"),
-        "method": recipe.method,
-        "steps": recipe.steps,
-        "scales and packing": recipe.ternary,
-        "planes": recipe.planes,
-        "calibration text": calibration.map(Calibration::fingerprint),
-        "model": checkpoint.stamp(),
-    });
     let layers = checkpoint.config().num_hidden_layers();
-    let (mut writer, mut done) = FolderWriter::resume::<Done>(output, layers + 1, options.overwrite, &settings)?;
+    let (mut writer, mut done) = FolderWriter::resume::<Done>(output, layers + 1, options.overwrite, settings)?;
     let layers_done = done.len().saturating_sub(1);
     if let (Some(activations), 1..) = (&mut activations, layers_done) {
         let name = activations_file(layers_done);
@@ -118,9 +169,84 @@ pub fn quantize<B: TernaryBackend>(
     }
     // Any of them may be left of a run that was killed.
     (0..=layers).for_each(|layers| writer.remove(&activations_file(layers)));
-    let report = report(checkpoint, &recipe, calibration.map_or(0, Calibration::tokens), done);
+    let mut report = report(checkpoint, recipe, calibration.map_or(0, Calibration::tokens), done);
+    report.run = fingerprint_of(settings);
+    if let (Some(activations), Some(calibration)) = (activations, calibration) {
+        report.held_out = held_out(checkpoint, calibration, activations, device)?;
+    }
     finish(checkpoint, config, &report, writer)?;
     Ok(report)
+}
+
+/// Compares the two models on the windows that were held out.
+fn held_out<B: TernaryBackend>(
+    checkpoint: &Checkpoint,
+    calibration: &Calibration,
+    activations: Activations<B>,
+    device: &B::Device,
+) -> Result<Option<HeldOut>, CalibError> {
+    if calibration.held_out().is_empty() {
+        return Ok(None);
+    }
+    let (norm, head) = GptOss::<B>::load_output(checkpoint, device)?;
+    let mut sum = Comparison::default();
+    let streams = activations.student.into_iter().zip(activations.teacher).skip(activations.calibrated);
+    for (window, (student, teacher)) in calibration.held_out().iter().zip(streams) {
+        sum.add((&head, norm.forward(student)), (&head, norm.forward(teacher)), window);
+    }
+    Ok(Some(HeldOut::new(&sum, calibration.held_out().len() * calibration.context())))
+}
+
+/// Distills the ternary model in `undistilled` and writes the result to `output`.
+fn distill<B: TernaryBackend>(
+    job: &Job<'_, B>,
+    undistilled: &Path,
+    output: &Path,
+    options: &QuantizeOptions,
+    calibration: &Calibration,
+    mut report: Report,
+    progress: &dyn Fn(Progress),
+) -> Result<Report, CalibError> {
+    let student = Checkpoint::open(undistilled)?;
+    let layers = student.config().num_hidden_layers();
+    let mut writer = FolderWriter::create(output, layers + 1, options.overwrite)?;
+    let distillation = Distillation::<B>::new(job.checkpoint, &student, calibration, job.device)?;
+    let distilled = distillation.run(options.distill, &|divergence| progress(Progress::Distilled { divergence }))?;
+    let kept = distilled.after.kl_divergence < distilled.before.kl_divergence;
+    report.distillation = Some(Distilled { steps: options.distill, kept, before: distilled.before });
+    report.held_out = Some(if kept { distilled.after } else { distilled.before });
+    for step in 0..=layers {
+        let changed = match (kept, step.checked_sub(1)) {
+            (false, _) => TernaryLayer::default(),
+            (true, None) => distilled.outside(),
+            (true, Some(layer)) => distilled.layers[layer].harden()?.written(layer),
+        };
+        write_changed(&student, step, &changed, &mut writer)?;
+    }
+    finish(&student, read_config(&student)?, &report, writer)?;
+    Ok(report)
+}
+
+fn settings(checkpoint: &Checkpoint, recipe: &Recipe, calibration: Option<&Calibration>) -> Value {
+    json!({
+        "program": env!("CARGO_PKG_VERSION"),
+        "method": recipe.method,
+        "steps": recipe.steps,
+        "scales and packing": recipe.ternary,
+        "planes": recipe.planes,
+        "calibration text": calibration.map(Calibration::fingerprint),
+        "model": checkpoint.stamp(),
+    })
+}
+
+fn fingerprint_of(settings: &Value) -> String {
+    format!("{:016x}", fingerprint(settings.to_string().into_bytes()))
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.file_name().unwrap_or(path.as_os_str()).to_owned();
+    name.push(suffix);
+    path.with_file_name(name)
 }
 
 fn check_folders(checkpoint: &Checkpoint, output: &Path) -> Result<(), CalibError> {
@@ -145,6 +271,9 @@ fn report(checkpoint: &Checkpoint, recipe: &Recipe, calibration_tokens: usize, d
         ternary: recipe.ternary,
         planes: recipe.planes,
         calibration_tokens,
+        run: String::new(),
+        held_out: None,
+        distillation: None,
         ternary_weights,
         ternary_bytes,
         full_precision_bytes: done.iter().map(|step| step.full_precision_bytes).sum(),

@@ -1,5 +1,7 @@
 //! One weight file of the ternary folder: what belongs to no layer, or one layer.
 
+use std::collections::BTreeMap;
+
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use ternoss_backends::{FormatError, TernaryBackend, TernaryLayout};
@@ -11,7 +13,7 @@ use ternoss_quant::PackedTernary;
 
 use crate::{
     CalibError,
-    layer::{Activations, ChangedBias, LayerCalibration, TernaryLayer},
+    layer::{Activations, ChangedFloats, LayerCalibration, TernaryLayer},
     report::{LayerReport, MatrixReport},
     ternarize::Recipe,
 };
@@ -75,8 +77,8 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
                 layer
             }
         };
-        let mut tensors = self.copied(number, &layer.biases)?;
-        for (name, shape, values) in &layer.biases {
+        let mut tensors = self.copied(number, &layer.floats)?;
+        for (name, shape, values) in &layer.floats {
             tensors.push((name.clone(), OutputTensor::floats(shape.clone(), values)));
         }
         let full_precision_bytes = tensors.iter().map(|(_, tensor)| tensor.bytes()).sum();
@@ -148,11 +150,11 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         Ok((made.packed, report))
     }
 
-    /// The tensors of a layer, or of no layer, that stay as they are; `biases` do not.
+    /// The tensors of a layer, or of no layer, that stay as they are; `changed` do not.
     fn copied<'b>(
         &self,
         layer: Option<usize>,
-        biases: &[ChangedBias],
+        changed: &[ChangedFloats],
     ) -> Result<Vec<(String, OutputTensor<'b>)>, CalibError>
     where
         'a: 'b,
@@ -160,7 +162,7 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         let checkpoint: &'b Checkpoint = self.checkpoint;
         let mut tensors = Vec::new();
         for name in self.full_precision(layer) {
-            if !biases.iter().any(|(changed, ..)| changed == name) {
+            if !changed.iter().any(|(other, ..)| other == name) {
                 tensors.push((name.to_string(), OutputTensor::copied(checkpoint, name)?));
             }
         }
@@ -183,6 +185,27 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
             |name: &&str| layer_of(name, self.checkpoint) == layer && !ternary.iter().any(|other| other == name);
         self.checkpoint.tensors().map(|(name, _)| name).filter(of_layer).collect()
     }
+}
+
+/// Writes weight file `step` of another ternary model once more, with what `changed` has instead.
+pub(crate) fn write_changed(
+    source: &Checkpoint,
+    step: usize,
+    changed: &TernaryLayer,
+    writer: &mut FolderWriter,
+) -> Result<(), CheckpointError> {
+    let number = step.checked_sub(1);
+    let mut tensors: BTreeMap<String, OutputTensor<'_>> = BTreeMap::new();
+    for (name, _) in source.tensors().filter(|(name, _)| layer_of(name, source) == number) {
+        tensors.insert(name.into(), OutputTensor::copied(source, name)?);
+    }
+    for (name, shape, values) in &changed.floats {
+        tensors.insert(name.clone(), OutputTensor::floats(shape.clone(), values));
+    }
+    for (path, matrices) in &changed.matrices {
+        tensors.extend(OutputTensor::ternary(path, matrices));
+    }
+    writer.shard(step, tensors.into_iter().collect())
 }
 
 /// The layer a tensor belongs to, if the model has it.

@@ -71,6 +71,26 @@ impl<B: Backend> TernaryWeight<B> {
             .expect("a validated layout has planes")
     }
 
+    /// One plane taken apart: its trits `[rows, in_features]` and their scales `[rows, groups]` (one group where a row has
+    /// one scale), the weight being their product.
+    ///
+    /// # Panics
+    /// As [`to_dense`](Self::to_dense).
+    #[must_use]
+    pub fn parts(&self, matrix: usize, plane: usize) -> (Tensor<B, 2>, Tensor<B, 2>) {
+        let ungrouped = Self { group_scales: None, ..self.clone() };
+        let scales = self.row_scale_column(matrix, plane);
+        let scales = match self.plane_group_scales(matrix, plane) {
+            Some(factors) => {
+                let factors = factors.into_iter().map(f32::from).collect::<Vec<_>>();
+                let data = TensorData::new(factors, [self.layout.rows, self.layout.groups()]);
+                scales * Tensor::from_data(data, (&self.codes.device(), DType::F32))
+            }
+            None => scales,
+        };
+        (ungrouped.trits(matrix, plane), scales)
+    }
+
     /// The trits of one plane times their group scales: `[rows, in_features]`, whole numbers in `F32`.
     pub(crate) fn trits(&self, matrix: usize, plane: usize) -> Tensor<B, 2> {
         assert!(matrix < self.layout.matrices, "matrix {matrix} of {}", self.layout.matrices);

@@ -53,23 +53,36 @@ impl<B: Backend> GptOss<B> {
     pub fn load(checkpoint: &Checkpoint, options: LoadOptions, device: &B::Device) -> Result<Self, CheckpointError> {
         let config = checkpoint.config();
         let loader = Loader { checkpoint, device, experts_resident: experts_resident(checkpoint, options) };
-        let embed_tokens = Table::embedding(checkpoint, device)?;
-        let lm_head = match config.tie_word_embeddings {
-            true => embed_tokens.clone(),
+        let (norm, lm_head) = Self::load_output(checkpoint, device)?;
+        let layers = 0..config.num_hidden_layers();
+        Ok(Self {
+            embed_tokens: Table::embedding(checkpoint, device)?,
+            layers: layers.map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
+            norm,
+            lm_head,
+            rope: RotaryEmbedding::new(&config.rope, config.head_dim),
+            config: config.clone(),
+        })
+    }
+
+    /// Loads the last norm and the output layer alone, as [`load`](Self::load) does.
+    ///
+    /// # Errors
+    /// [`CheckpointError`], naming the file, the tensor, and what was expected.
+    pub fn load_output(
+        checkpoint: &Checkpoint,
+        device: &B::Device,
+    ) -> Result<(nn::RmsNorm<B>, Table<B>), CheckpointError> {
+        let config = checkpoint.config();
+        let norm = Loader { checkpoint, device, experts_resident: false }.norm(FINAL_NORM)?;
+        let head = match config.tie_word_embeddings {
+            true => Table::embedding(checkpoint, device)?,
             false => {
                 let shape = [config.vocab_size, config.hidden_size];
                 Table::new(checkpoint.stored_matrix(LM_HEAD, shape, device)?)
             }
         };
-        let layers = 0..config.num_hidden_layers();
-        Ok(Self {
-            embed_tokens,
-            layers: layers.map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
-            norm: loader.norm(FINAL_NORM)?,
-            lm_head,
-            rope: RotaryEmbedding::new(&config.rope, config.head_dim),
-            config: config.clone(),
-        })
+        Ok((norm, head))
     }
 }
 
@@ -207,14 +220,12 @@ impl<B: Backend> Loader<'_, B> {
         matrix: ExpertMatrix,
         expert: usize,
         biases: &Tensor<B, 2>,
-    ) -> Result<nn::Linear<B>, CheckpointError> {
+    ) -> Result<Linear<B>, CheckpointError> {
         let weights = self.checkpoint.expert_columns(layer, matrix, expert)?;
         let data = TensorData::new(weights, matrix.shape(self.checkpoint.config()));
         let bias = biases.clone().slice_dim(0, expert..expert + 1).squeeze_dim(0);
-        Ok(nn::Linear {
-            weight: Param::from_tensor(Tensor::from_data(data, self.device)),
-            bias: Some(Param::from_tensor(bias)),
-        })
+        let weight = Param::from_tensor(Tensor::from_data(data, self.device));
+        Ok(Linear::Dense(nn::Linear { weight, bias: Some(Param::from_tensor(bias)) }))
     }
 
     /// A linear of the attention, ternary when the checkpoint has codes for it.

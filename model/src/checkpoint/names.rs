@@ -90,7 +90,7 @@ pub(crate) const EMBED_TOKENS: &str = "model.embed_tokens.weight";
 /// Output layer.
 pub(crate) const LM_HEAD: &str = "lm_head.weight";
 /// Norm before the output layer.
-pub(crate) const FINAL_NORM: &str = "model.norm.weight";
+pub const FINAL_NORM: &str = "model.norm.weight";
 
 /// Suffixes of the tensors a ternary matrix consists of.
 pub(crate) const CODES: &str = "codes";

@@ -1,0 +1,101 @@
+//! Block reconstruction: one ternary layer tuned by gradients until its output is the full-precision layer's.
+//!
+//! BRECQ (Li et al., arXiv 2102.05426) with the soft rounding of AdaRound (Nagel et al., arXiv 2004.10568): every trit may
+//! go to one neighbour, starts where error compensation left it, and pays a price for leaving, so that few go.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use burn_autodiff::Autodiff;
+use ternoss_backends::TernaryBackend;
+use ternoss_model::{cache::LayerCache, layer::Layer, rope::RotaryTables};
+
+use crate::{
+    CalibError, distill::learning_rate, hard::HardLayer, report::Reconstruction, solution::host, tuned::TunedLayer,
+};
+
+/// Share of the steps in which trits are soft; in the rest only what is not a trit is tuned.
+const SOFT: f64 = 0.7;
+
+/// How hard soft trits become.
+const HARDEST: f64 = 4.0;
+
+/// Peak learning rate, in units of what is tuned.
+const LEARNING_RATE: f64 = 2e-3;
+
+/// A layer under reconstruction.
+pub(crate) struct Block<'a, B: TernaryBackend> {
+    /// The ternary layer's inputs, one tensor a window.
+    pub(crate) inputs: &'a [Tensor<B, 2>],
+    /// The full-precision layer's outputs.
+    pub(crate) targets: &'a [Tensor<B, 2>],
+    /// How many of the windows are calibrated on; the others decide whether the result is kept.
+    pub(crate) calibrated: usize,
+    /// Positions of a window.
+    pub(crate) rope: &'a RotaryTables<B>,
+    /// The same, on the backend of the gradients.
+    pub(crate) rope_of_gradients: &'a RotaryTables<Autodiff<B>>,
+    /// The layer's attention window.
+    pub(crate) window: Option<usize>,
+}
+
+impl<B: TernaryBackend> Block<'_, B> {
+    /// Takes `steps` steps, one window each. The layer that comes out is kept if its error, with hard trits, is lower on the
+    /// windows that were not calibrated on.
+    ///
+    /// `toward` says where each trit may go, for every plane of every matrix.
+    pub(crate) fn reconstruct(
+        &self,
+        layer: &Layer<B>,
+        toward: Vec<Tensor<B, 2>>,
+        steps: usize,
+    ) -> Result<(Reconstruction, Option<HardLayer<B>>), CalibError> {
+        let before = self.error(layer);
+        let soft_steps = (SOFT * steps as f64) as usize;
+        let mut tuned = TunedLayer::new(layer.clone(), toward)?;
+        self.tune(&mut tuned, 0..soft_steps, steps, true)?;
+        let mut tuned = TunedLayer::new(tuned.harden()?.layer, Vec::new())?;
+        self.tune(&mut tuned, soft_steps..steps, steps, false)?;
+        let hard = tuned.harden()?;
+        let after = self.error(&hard.layer);
+        let kept = after < before;
+        Ok((Reconstruction { before, after, kept }, kept.then_some(hard)))
+    }
+
+    fn tune(&self, tuned: &mut TunedLayer<B>, run: Range<usize>, steps: usize, soft: bool) -> Result<(), CalibError> {
+        let mut prices = None;
+        for step in run.clone() {
+            let done = (step - run.start) as f64 / run.len() as f64;
+            let layer = tuned.compose(HARDEST.powf(done) as f32, false)?.layer;
+            let window = step % self.calibrated;
+            let x = Tensor::<Autodiff<B>, 2>::from_inner(self.inputs[window].clone());
+            let y = layer.forward(x, self.rope_of_gradients, &mut LayerCache::new(self.window));
+            let target = self.targets[window].clone();
+            let scale = 1.0 / square_sum(&(target.clone() - self.inputs[window].clone())).max(f64::MIN_POSITIVE);
+            let loss = (y - Tensor::from_inner(target)).powi_scalar(2).sum() * scale as f32;
+            let mut gradients = tuned.tuned.gradients(&mut loss.backward());
+            if soft {
+                let prices = prices.get_or_insert_with(|| tuned.tuned.prices(&gradients));
+                tuned.tuned.charge(&mut gradients, prices);
+            }
+            tuned.tuned.step(LEARNING_RATE * learning_rate(step, steps), gradients);
+        }
+        Ok(())
+    }
+
+    /// Squared error of the outputs on the held-out windows, over the square of what the full-precision layer adds.
+    fn error(&self, layer: &Layer<B>) -> f64 {
+        let (mut error, mut power) = (0.0, 0.0);
+        for window in self.calibrated..self.inputs.len() {
+            let (x, target) = (self.inputs[window].clone(), self.targets[window].clone());
+            let y = layer.forward(x.clone(), self.rope, &mut LayerCache::new(self.window));
+            error += square_sum(&(y - target.clone()));
+            power += square_sum(&(target - x));
+        }
+        error / power.max(f64::MIN_POSITIVE)
+    }
+}
+
+fn square_sum<B: TernaryBackend>(values: &Tensor<B, 2>) -> f64 {
+    host(values.clone()).iter().map(|value| f64::from(*value).powi(2)).sum()
+}

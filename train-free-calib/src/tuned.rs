@@ -1,0 +1,290 @@
+//! A ternary layer that gradients tune: scales, norms, biases, sinks and router, and trits where they are soft.
+
+use burn::{
+    module::{AutodiffModule, Module, Param, ParamId},
+    optim::{Adam, AdamConfig, GradientsAccumulator, GradientsParams, Optimizer, adaptor::OptimizerAdaptor},
+    tensor::{
+        Tensor,
+        activation::sigmoid,
+        backend::{AutodiffBackend, Backend},
+    },
+};
+use burn_autodiff::Autodiff;
+use ternoss_backends::{FormatError, TernaryBackend};
+use ternoss_model::{
+    experts::{DenseExperts, Expert, Experts},
+    layer::Layer,
+};
+use ternoss_quant::{
+    BitLinear, BitWeight, Linear, PackedTernary, TernaryConfig, TernaryParts, TernaryTensor, absmean::spread,
+};
+
+use crate::solution::host;
+
+/// Optimizer of everything that is tuned.
+type AdamOf<B> = OptimizerAdaptor<Adam, Deltas<Autodiff<B>>, Autodiff<B>>;
+
+/// What gradients change, flat: one tensor for each [`Slot`].
+#[derive(Module, Debug)]
+pub(crate) struct Deltas<B: Backend> {
+    deltas: Vec<Param<Tensor<B, 1>>>,
+}
+
+/// A tensor that gradients move: its value is `start + unit * delta`, so that one learning rate suits all.
+#[derive(Clone, Debug)]
+struct Slot<B: Backend> {
+    start: Tensor<B, 1>,
+    unit: f32,
+    /// Whether it says how far trits have gone.
+    soft: bool,
+}
+
+/// Share of the trits that a price keeps where they are, in the first step.
+const STAYING: f64 = 0.95;
+
+/// Tensors under the gradients of one loss.
+#[derive(Clone)]
+pub(crate) struct Tuned<B: TernaryBackend> {
+    slots: Vec<Slot<B>>,
+    deltas: Deltas<Autodiff<B>>,
+    optimizer: AdamOf<B>,
+}
+
+impl<B: TernaryBackend> Tuned<B> {
+    fn new(slots: Vec<Slot<B>>) -> Self {
+        let zero = |slot: &Slot<B>| Param::from_tensor(Tensor::from_inner(slot.start.zeros_like()));
+        let deltas = Deltas { deltas: slots.iter().map(zero).collect() };
+        let optimizer = AdamConfig::new().with_beta_2(0.95).with_epsilon(1e-12).init();
+        Self { slots, deltas, optimizer }
+    }
+
+    /// One tensor alone.
+    pub(crate) fn vector(start: Tensor<B, 1>) -> Self {
+        let unit = rms(&start);
+        Self::new(vec![Slot { start, unit, soft: false }])
+    }
+
+    /// The present value of a slot, which gradients reach.
+    pub(crate) fn value(&self, slot: usize) -> Tensor<Autodiff<B>, 1> {
+        let Slot { start, unit, .. } = &self.slots[slot];
+        Tensor::from_inner(start.clone()) + self.deltas.deltas[slot].val() * *unit
+    }
+
+    /// What a loss says of every tensor.
+    pub(crate) fn gradients(&self, of: &mut Gradients<B>) -> GradientsParams {
+        GradientsParams::from_module(of, &self.deltas)
+    }
+
+    /// The sum of two.
+    pub(crate) fn add(&self, a: GradientsParams, b: GradientsParams) -> GradientsParams {
+        let mut sum = GradientsAccumulator::new();
+        sum.accumulate(&self.deltas, a);
+        sum.accumulate(&self.deltas, b);
+        sum.grads()
+    }
+
+    /// What each slot of trits pays for leaving: as much as most of them would gain by it, so that few go.
+    pub(crate) fn prices(&self, gradients: &GradientsParams) -> Vec<f32> {
+        let price = |(slot, delta): (&Slot<B>, &Param<Tensor<Autodiff<B>, 1>>)| {
+            let gradient = gradients.get::<B, 1>(delta.id).filter(|_| slot.soft)?;
+            let mut gains: Vec<f32> = host(gradient).into_iter().map(|slope| -slope).collect();
+            gains.sort_unstable_by(f32::total_cmp);
+            gains.get((gains.len() as f64 * STAYING) as usize).map(|gain| gain.max(0.0))
+        };
+        self.slots.iter().zip(&self.deltas.deltas).map(|pair| price(pair).unwrap_or(0.0)).collect()
+    }
+
+    /// Adds the prices to the gradients.
+    pub(crate) fn charge(&self, gradients: &mut GradientsParams, prices: &[f32]) {
+        for (price, delta) in prices.iter().zip(&self.deltas.deltas).filter(|(price, _)| **price > 0.0) {
+            if let Some(gradient) = gradients.remove::<B, 1>(delta.id) {
+                gradients.register::<B, 1>(delta.id, gradient + *price);
+            }
+        }
+    }
+
+    /// One step of Adam (Kingma and Ba, arXiv 1412.6980).
+    pub(crate) fn step(&mut self, learning_rate: f64, gradients: GradientsParams) {
+        self.deltas = self.optimizer.step(learning_rate, self.deltas.clone(), gradients);
+    }
+}
+
+/// The gradients of a loss.
+pub(crate) type Gradients<B> = <Autodiff<B> as AutodiffBackend>::Gradients;
+
+/// A ternary layer, and what gradients change in it.
+#[derive(Clone)]
+pub(crate) struct TunedLayer<B: TernaryBackend> {
+    pub(crate) layer: Layer<B>,
+    /// Where each trit may go, for every plane of every matrix in order; empty where trits stay.
+    toward: Vec<Tensor<B, 2>>,
+    pub(crate) tuned: Tuned<B>,
+}
+
+/// A layer put together from its tuned tensors.
+pub(crate) struct Composed<B: TernaryBackend> {
+    /// Gradients reach what is tuned.
+    pub(crate) layer: Layer<Autodiff<B>>,
+    /// Its matrices packed, with hard trits: q, k, v, o, then gate_up and down of every expert. Only if asked for.
+    pub(crate) packed: Vec<PackedTernary>,
+}
+
+impl<B: TernaryBackend> TunedLayer<B> {
+    /// A layer whose linears are packed. Trits stay, unless `toward` says where each may go.
+    pub(crate) fn new(layer: Layer<B>, toward: Vec<Tensor<B, 2>>) -> Result<Self, FormatError> {
+        let mut slots = Vec::new();
+        let mut record = |slot: Slot<B>| {
+            slots.push(slot.clone());
+            Tensor::from_inner(slot.start)
+        };
+        Assembly { next: &mut record, toward: toward.iter(), hardness: 1.0, packed: None }.layer(&layer)?;
+        let tuned = Tuned::new(slots);
+        Ok(Self { layer, toward, tuned })
+    }
+
+    /// The layer at its present values, soft trits as hard as `hardness` makes them; packed as well if `pack`.
+    pub(crate) fn compose(&self, hardness: f32, pack: bool) -> Result<Composed<B>, FormatError> {
+        let mut slot = 0;
+        let mut next = |_| {
+            slot += 1;
+            self.tuned.value(slot - 1)
+        };
+        let packed = pack.then(Vec::new);
+        let mut assembly = Assembly { next: &mut next, toward: self.toward.iter(), hardness, packed };
+        let layer = assembly.layer(&self.layer)?;
+        Ok(Composed { layer, packed: assembly.packed.unwrap_or_default() })
+    }
+}
+
+/// How far a trit has gone, from 0 to 1: a sigmoid stretched so that it reaches both ends (AdaRound, Nagel et al.,
+/// arXiv 2004.10568, equation 23).
+fn gone<B: Backend>(logit: Tensor<B, 2>, hardness: f32) -> Tensor<B, 2> {
+    (sigmoid(logit * hardness) * 1.2 - 0.1).clamp(0.0, 1.0)
+}
+
+/// Logit at which a trit has not gone anywhere, but can.
+const STAYS: f32 = -2.3;
+
+/// Unit of the logits: a trit can go all the way in some tens of steps.
+const LOGIT_UNIT: f32 = 100.0;
+
+/// Walks through a layer in a fixed order and puts it together from the values that `next` gives for each slot.
+struct Assembly<'a, B: TernaryBackend> {
+    next: &'a mut dyn FnMut(Slot<B>) -> Tensor<Autodiff<B>, 1>,
+    toward: std::slice::Iter<'a, Tensor<B, 2>>,
+    hardness: f32,
+    packed: Option<Vec<PackedTernary>>,
+}
+
+impl<B: TernaryBackend> Assembly<'_, B> {
+    fn layer(&mut self, layer: &Layer<B>) -> Result<Layer<Autodiff<B>>, FormatError> {
+        let mut composed = Layer::<Autodiff<B>>::from_inner(layer.clone());
+        composed.input_layernorm.gamma = self.vector(&layer.input_layernorm.gamma);
+        composed.post_attention_layernorm.gamma = self.vector(&layer.post_attention_layernorm.gamma);
+        let (attention, before) = (&mut composed.self_attn, &layer.self_attn);
+        attention.sinks = keep(self.tune(before.sinks.val(), 1.0));
+        attention.q_proj = self.linear(&before.q_proj)?;
+        attention.k_proj = self.linear(&before.k_proj)?;
+        attention.v_proj = self.linear(&before.v_proj)?;
+        attention.o_proj = self.linear(&before.o_proj)?;
+        let router = &layer.mlp.router.linear;
+        let weight = router.weight.val();
+        let shape @ [hidden, experts] = weight.dims();
+        let weight = weight.reshape([hidden * experts]);
+        let unit = rms(&weight);
+        composed.mlp.router.linear.weight = keep(self.tune(weight, unit).reshape(shape));
+        if let Some(bias) = &router.bias {
+            composed.mlp.router.linear.bias = Some(keep(self.tune(bias.val(), 1.0)));
+        }
+        if let Experts::Ternary(packed) = &layer.mlp.experts {
+            let experts = (0..packed.gate_up_proj.layout().matrices).map(|expert| {
+                let mut linear = |weight: &TernaryTensor<B>, biases: &Param<Tensor<B, 2>>| {
+                    let bias = biases.val().slice_dim(0, expert..expert + 1).squeeze_dim(0);
+                    self.matrix(weight, expert, Some(bias))
+                };
+                Ok(Expert {
+                    gate_up_proj: linear(&packed.gate_up_proj, &packed.gate_up_proj_bias)?,
+                    down_proj: linear(&packed.down_proj, &packed.down_proj_bias)?,
+                })
+            });
+            let experts = experts.collect::<Result<_, FormatError>>()?;
+            composed.mlp.experts = Experts::Dense(DenseExperts::new(experts, packed.activation));
+        }
+        Ok(composed)
+    }
+
+    fn tune(&mut self, start: Tensor<B, 1>, unit: f32) -> Tensor<Autodiff<B>, 1> {
+        (self.next)(Slot { start, unit, soft: false })
+    }
+
+    fn vector(&mut self, start: &Param<Tensor<B, 1>>) -> Param<Tensor<Autodiff<B>, 1>> {
+        let unit = rms(&start.val());
+        keep(self.tune(start.val(), unit))
+    }
+
+    fn linear(&mut self, linear: &Linear<B>) -> Result<Linear<Autodiff<B>>, FormatError> {
+        match linear {
+            Linear::Ternary(BitLinear { weight: BitWeight::Packed(weight), bias }) => {
+                self.matrix(weight, 0, bias.as_ref().map(Param::val))
+            }
+            other => Ok(Linear::from_inner(other.clone())),
+        }
+    }
+
+    /// One matrix: `sum over planes of trits * (scales * gain)`, the gains tuned, and the trits where they are soft.
+    fn matrix(
+        &mut self,
+        weight: &TernaryTensor<B>,
+        matrix: usize,
+        bias: Option<Tensor<B, 1>>,
+    ) -> Result<Linear<Autodiff<B>>, FormatError> {
+        let layout = weight.layout();
+        let group = layout.group_size.unwrap_or(layout.in_features);
+        let weight = weight.weight();
+        let (mut sum, mut parts) = (None, Vec::new());
+        for plane in 0..layout.planes {
+            let (trits, scales) = weight.parts(matrix, plane);
+            let shape @ [rows, groups] = scales.dims();
+            let gain = self.tune(Tensor::ones([rows * groups], &scales.device()), 1.0).reshape(shape);
+            let scales = Tensor::<Autodiff<B>, 2>::from_inner(scales) * gain;
+            let mut soft = Tensor::<Autodiff<B>, 2>::from_inner(trits.clone());
+            let mut hard = trits.clone();
+            if let Some(toward) = self.toward.next() {
+                let size = trits.dims();
+                let start = Tensor::full([size[0] * size[1]], STAYS, &trits.device());
+                let logit = (self.next)(Slot { start, unit: LOGIT_UNIT, soft: true }).reshape(size);
+                hard = hard + toward.clone() * logit.clone().inner().greater_elem(0.0).float();
+                soft = soft + Tensor::from_inner(toward.clone()) * gone(logit, self.hardness);
+            }
+            if self.packed.is_some() {
+                let scales = scales.clone().inner().clamp_min(0.0);
+                parts.push(TernaryParts::from_scales(hard, scales, layout.group_size));
+            }
+            let plane = soft * spread(scales, layout.in_features, group);
+            sum = Some(match sum {
+                Some(sum) => sum + plane,
+                None => plane,
+            });
+        }
+        let Some(sum) = sum else { return Err(FormatError::Empty { what: "planes" }) };
+        if let Some(packed) = &mut self.packed {
+            packed.push(PackedTernary::pack(&parts, layout.format, layout.rotation)?);
+        }
+        let config = TernaryConfig { rotation: layout.rotation, ..TernaryConfig::default() };
+        // What an output is for inputs of size 1.
+        let unit = rms(&sum.clone().inner().reshape([-1])) * (layout.in_features as f32).sqrt();
+        let bias = bias.map(|bias| self.tune(bias, unit));
+        Ok(Linear::Ternary(BitLinear::composed(sum, bias, &config)))
+    }
+}
+
+/// A parameter that stays a node of the graph it comes from.
+fn keep<B: Backend, const D: usize>(value: Tensor<B, D>) -> Param<Tensor<B, D>> {
+    Param::initialized(ParamId::new(), value)
+}
+
+/// Root of the mean square.
+fn rms<B: Backend>(values: &Tensor<B, 1>) -> f32 {
+    let squares: f64 = host(values.clone()).iter().map(|value| f64::from(*value).powi(2)).sum();
+    (squares / values.dims()[0].max(1) as f64).sqrt() as f32
+}
