@@ -15,6 +15,7 @@ use crate::{
     CalibError, Calibration, Method, Report, Steps,
     layer::Activations,
     levels::MAX_PLANES,
+    picture::{PICTURE_FILE, picture},
     report::REPORT_FILE,
     step::{Done, Job, activations_file},
     ternarize::Recipe,
@@ -118,7 +119,7 @@ pub fn quantize<B: TernaryBackend>(
     }
     // Any of them may be left of a run that was killed.
     (0..=layers).for_each(|layers| writer.remove(&activations_file(layers)));
-    let report = report(checkpoint, &recipe, calibration.map_or(0, Calibration::tokens), done);
+    let report = Report::new(checkpoint, &recipe, calibration, done);
     finish(checkpoint, config, &report, writer)?;
     Ok(report)
 }
@@ -136,29 +137,13 @@ fn check_folders(checkpoint: &Checkpoint, output: &Path) -> Result<(), CalibErro
     Ok(())
 }
 
-fn report(checkpoint: &Checkpoint, recipe: &Recipe, calibration_tokens: usize, done: Vec<Done>) -> Report {
-    let ternary_weights = ternary_weights(checkpoint);
-    let ternary_bytes = done.iter().map(|step| step.ternary_bytes).sum();
-    Report {
-        method: recipe.method,
-        steps: recipe.steps,
-        ternary: recipe.ternary,
-        planes: recipe.planes,
-        calibration_tokens,
-        ternary_weights,
-        ternary_bytes,
-        full_precision_bytes: done.iter().map(|step| step.full_precision_bytes).sum(),
-        bits_per_weight: 8.0 * ternary_bytes as f64 / ternary_weights as f64,
-        layers: done.into_iter().filter_map(|step| step.layer).collect(),
-    }
-}
-
 /// Writes what stands beside the weights, and makes the folder a model.
 fn finish(checkpoint: &Checkpoint, mut config: Value, report: &Report, writer: FolderWriter) -> Result<(), CalibError> {
     for name in COMPANIONS {
         writer.copy(checkpoint.folder(), name)?;
     }
     writer.file(REPORT_FILE, format!("{:#}\n", json!(report)).as_bytes())?;
+    writer.file(PICTURE_FILE, picture(report).as_bytes())?;
     config["quantization_config"] = json!(TernaryQuantization {
         quant_method: TERNOSS.into(),
         version: FORMAT_VERSION,

@@ -12,7 +12,7 @@ use ternoss_quant::PackedTernary;
 use crate::{
     CalibError,
     layer::{Activations, ChangedBias, LayerCalibration, TernaryLayer},
-    report::{LayerReport, MatrixReport},
+    report::{LayerReport, MatrixReport, PartBytes, bytes_by_part},
     ternarize::Recipe,
 };
 
@@ -32,6 +32,8 @@ pub(crate) struct Job<'a, B: TernaryBackend> {
 pub(crate) struct Done {
     pub(crate) ternary_bytes: usize,
     pub(crate) full_precision_bytes: usize,
+    /// The same bytes by what they are spent on.
+    pub(crate) parts: PartBytes,
     /// What became of the layer in it; the first file has none.
     pub(crate) layer: Option<LayerReport>,
 }
@@ -71,6 +73,7 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
             (Some(number), Some(activations)) => {
                 let layer = LayerCalibration::new(self.checkpoint, number, &self.recipe, self.device, self.progress)?;
                 let layer = layer.run(activations)?;
+                activations.expect_finite(number)?;
                 writer.file(&activations_file(step), &activations.to_bytes())?;
                 layer
             }
@@ -83,9 +86,10 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         for (path, matrices) in &layer.matrices {
             tensors.extend(OutputTensor::ternary(path, matrices));
         }
+        let parts = bytes_by_part(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.bytes())));
         writer.shard(step, tensors)?;
         let ternary_bytes = layer.matrices.iter().map(|(_, packed)| packed.layout.bytes()).sum();
-        Ok(Done { ternary_bytes, full_precision_bytes, layer: number.map(|_| layer.report) })
+        Ok(Done { ternary_bytes, full_precision_bytes, parts, layer: number.map(|_| layer.report) })
     }
 
     /// All ternary matrices of a layer, without looking at a text.
