@@ -42,3 +42,35 @@ impl<B: TernaryBackend> Activations<B> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Tensor, TensorData};
+    use burn_flex::Flex;
+
+    use super::*;
+
+    #[test]
+    fn the_first_model_that_is_not_finite_is_named() {
+        let window = |value: f32| {
+            let values = TensorData::new(vec![0.0, f32::MAX, value, -1.0], [2, 2]);
+            vec![Tensor::<Flex, 2>::zeros([2, 2], &Default::default()), Tensor::from_data(values, &Default::default())]
+        };
+        let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+        let check =
+            |teacher, student| Activations { teacher: window(teacher), student: window(student) }.expect_finite(7);
+        check(f32::MIN, 0.0).unwrap();
+        for value in bad {
+            for (teacher, student, expected) in [(value, 0.0, Side::Teacher), (0.0, value, Side::Student)] {
+                let found = check(teacher, student);
+                assert!(
+                    matches!(found, Err(CalibError::NotFinite { layer: 7, side }) if side == expected),
+                    "{found:?}"
+                );
+            }
+            assert!(matches!(check(value, value), Err(CalibError::NotFinite { side: Side::Teacher, .. })));
+        }
+        let message = check(0.0, f32::NAN).unwrap_err().to_string();
+        assert!(message.contains("ternary model") && message.contains("layer 7"), "{message}");
+    }
+}

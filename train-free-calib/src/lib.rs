@@ -19,6 +19,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 mod calibration;
+mod canvas;
 mod compensate;
 mod error;
 mod finite;

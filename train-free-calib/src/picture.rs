@@ -1,4 +1,4 @@
-//! A report as a picture, `calibration_report.svg`: the SVG is written by hand and needs nothing outside itself.
+//! A report as a picture, `calibration_report.svg`, which needs nothing outside itself.
 //!
 //! From top to bottom: what was made and its size, the held-out comparison, bytes by part, the error of each layer, and how
 //! the text spread over the experts. The picture has its own light background, so it reads the same on a dark page.
@@ -9,16 +9,13 @@ use ternoss_model::checkpoint::{Part, readable_size};
 
 use crate::{
     ExpertLoads, Report, Steps,
+    canvas::{Canvas, Font, LINE, MARGIN, PLOT_LEFT, WIDTH},
     report::{HeldOut, KINDS},
 };
 
 /// Name of the picture in the ternary folder.
 pub(crate) const PICTURE_FILE: &str = "calibration_report.svg";
 
-const WIDTH: f64 = 900.0;
-const MARGIN: f64 = 36.0;
-/// Left edge of plots, beside the labels of their rows.
-const PLOT_LEFT: f64 = MARGIN + 52.0;
 const PLOT_WIDTH: f64 = WIDTH - MARGIN - PLOT_LEFT;
 /// Height of the plot of errors.
 const ERRORS_HEIGHT: f64 = 220.0;
@@ -28,10 +25,6 @@ const LEAST_ROW: f64 = 3.0;
 /// Largest cell of the heat map.
 const CELL: [f64; 2] = [48.0, 22.0];
 
-const INK: &str = "#1f2328";
-const MUTED: &str = "#59636e";
-const LINE: &str = "#d1d9e0";
-
 /// Colours of lines that people with any colour vision tell apart (Okabe and Ito, 2008), one for each of [`KINDS`].
 const KIND_COLOURS: [&str; KINDS.len()] = ["#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7"];
 
@@ -40,7 +33,7 @@ const LOAD_COLOURS: [&str; 7] = ["#b2182b", "#ef8a62", "#fddbc7", "#d1e5f0", "#9
 
 /// Draws a report.
 pub(crate) fn picture(report: &Report) -> String {
-    let mut canvas = Canvas { body: String::new(), bottom: MARGIN };
+    let mut canvas = Canvas::new();
     headline(&mut canvas, report);
     if let Some(held_out) = &report.held_out {
         compare(&mut canvas, held_out);
@@ -213,8 +206,8 @@ fn experts(canvas: &mut Canvas, report: &Report, loads: &ExpertLoads) {
             first += run.len();
         }
     }
-    for (path, colour) in paths.iter().zip(LOAD_COLOURS).filter(|(path, _)| !path.is_empty()) {
-        let _ = writeln!(canvas.body, r#"<path d="{path}" fill="{colour}"/>"#);
+    for (path, colour) in paths.iter().zip(LOAD_COLOURS) {
+        canvas.area(path, colour);
     }
     canvas.bottom = top + layers * height + 16.0;
     canvas.numbers(most, width, |expert| PLOT_LEFT + (expert as f64 + 0.5) * width);
@@ -246,136 +239,125 @@ fn decimal(value: f64, step: f64) -> String {
     }
 }
 
-/// How a text is set.
-#[derive(Clone, Copy)]
-struct Font {
-    size: f64,
-    bold: bool,
-    colour: &'static str,
-    /// `text-anchor`
-    anchor: &'static str,
-}
+#[cfg(test)]
+mod tests {
+    use roxmltree::{Document, Node};
 
-impl Font {
-    const BODY: Self = Self { size: 14.0, bold: false, colour: INK, anchor: "start" };
-    const TITLE: Self = Self { size: 24.0, bold: true, ..Self::BODY };
-    const HEADING: Self = Self { size: 17.0, bold: true, ..Self::BODY };
-    const NUMBER: Self = Self { size: 25.0, bold: true, ..Self::BODY };
-    const LABEL: Self = Self { size: 13.0, ..Self::BODY };
-    const NOTE: Self = Self { size: 13.0, colour: MUTED, ..Self::BODY };
-    const SMALL: Self = Self { size: 12.0, colour: MUTED, ..Self::BODY };
+    use super::*;
+    use crate::{LayerReport, MatrixReport, Method, PartBytes};
 
-    /// Ends where it is put.
-    fn to_the_left(self) -> Self {
-        Self { anchor: "end", ..self }
-    }
-
-    fn centred(self) -> Self {
-        Self { anchor: "middle", ..self }
-    }
-}
-
-/// A drawing that grows downward.
-struct Canvas {
-    body: String,
-    /// Where the next thing may start.
-    bottom: f64,
-}
-
-impl Canvas {
-    fn text(&mut self, x: f64, y: f64, font: Font, text: &str) {
-        let Font { size, bold, colour, anchor } = font;
-        let weight = if bold { 600 } else { 400 };
-        let text = escape(text);
-        let _ = writeln!(
-            self.body,
-            r#"<text x="{x:.1}" y="{y:.1}" font-size="{size}" font-weight="{weight}" fill="{colour}" text-anchor="{anchor}">{text}</text>"#
-        );
-    }
-
-    fn rect(&mut self, [x, y, width, height]: [f64; 4], colour: &str) {
-        let _ = writeln!(
-            self.body,
-            r#"<rect x="{x:.2}" y="{y:.1}" width="{width:.2}" height="{height:.1}" fill="{colour}"/>"#
-        );
-    }
-
-    fn path(&mut self, path: &str, colour: &str, width: f64) {
-        let _ = writeln!(
-            self.body,
-            r#"<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width:.1}" stroke-linecap="round" stroke-linejoin="round"/>"#
-        );
-    }
-
-    /// A colour and what it stands for, on the line `y`.
-    fn swatch(&mut self, x: f64, y: f64, colour: &str, name: &str) {
-        self.rect([x, y - 11.0, 12.0, 12.0], colour);
-        self.text(x + 18.0, y, Font::LABEL, name);
-    }
-
-    /// Starts a section.
-    fn heading(&mut self, name: &str, about: &str) {
-        self.bottom += 30.0;
-        self.path(&format!("M{MARGIN} {:.1}H{:.1}", self.bottom, WIDTH - MARGIN), LINE, 1.0);
-        self.bottom += 30.0;
-        self.text(MARGIN, self.bottom, Font::HEADING, name);
-        self.bottom += 21.0;
-        self.text(MARGIN, self.bottom, Font::NOTE, about);
-    }
-
-    /// Four figures beside each other.
-    fn tiles(&mut self, tiles: [(String, &str); 4]) {
-        for (i, (number, name)) in tiles.iter().enumerate() {
-            let x = MARGIN + i as f64 * (WIDTH - 2.0 * MARGIN) / 4.0;
-            self.text(x, self.bottom + 40.0, Font::NUMBER, number);
-            self.text(x, self.bottom + 61.0, Font::NOTE, name);
-        }
-        self.bottom += 61.0;
-    }
-
-    /// The numbers of columns that are `column` wide; as many are left out as have no room.
-    fn numbers(&mut self, count: usize, column: f64, at: impl Fn(usize) -> f64) {
-        let every = (28.0 / column).ceil().max(1.0) as usize;
-        for number in (0..count).step_by(every) {
-            self.text(at(number), self.bottom, Font::SMALL.centred(), &number.to_string());
+    fn report(layers: usize, experts: usize, held_out: bool) -> Report {
+        let matrix = |name: String, relative_error| MatrixReport { name, relative_error, zeros: 0.3, tokens: 7 };
+        let layer = |i: usize| {
+            let attention = ["q", "k", "v", "o"].iter().enumerate().map(|(at, kind)| {
+                matrix(format!("model.layers.{i}.self_attn.{kind}_proj"), 0.01 * (at + i % 5) as f64)
+            });
+            let experts_of = |kind| (0..experts).map(move |expert| (kind, expert));
+            let experts_all = experts_of("gate_up").chain(experts_of("down")).map(|(kind, expert)| {
+                matrix(format!("model.layers.{i}.mlp.experts.{kind}_proj.{expert}"), 0.001 * (expert % 90) as f64)
+            });
+            let matrices = attention.chain(experts_all).collect();
+            LayerReport { matrices, expert_tokens: (0..experts).map(|expert| expert * i * 40).collect() }
+        };
+        let layers: Vec<_> = (0..layers).map(layer).collect();
+        let parts: PartBytes = Part::ALL.iter().enumerate().map(|(i, part)| (*part, i * i * 987_654_321)).collect();
+        let ternary_bytes = parts.iter().filter(|(part, _)| part.is_ternary()).map(|(_, bytes)| *bytes).sum::<usize>();
+        let figures = HeldOut {
+            tokens: 123_456,
+            teacher_perplexity: 99_999.99,
+            perplexity: 2.0e7,
+            kl_divergence: 10.123_45,
+            top_1: 1.0,
+        };
+        let method = Method::Ternoss;
+        Report {
+            method,
+            steps: crate::Steps { rotation: false, sweeps: 0, bias: false, ..method.steps() },
+            ternary: ternoss_quant::TernaryConfig::default(),
+            planes: 2,
+            calibration_tokens: 12_345_678,
+            ternary_weights: 116_829_156_672,
+            parameters: 116_829_156_672,
+            ternary_bytes,
+            full_precision_bytes: parts.values().sum::<usize>() - ternary_bytes,
+            parts,
+            bits_per_weight: 2.136,
+            bits_per_parameter: 11.125,
+            expert_loads: ExpertLoads::of(&layers, 14_400),
+            held_out: held_out.then_some(figures),
+            layers,
         }
     }
 
-    /// The name of what [`numbers`](Self::numbers) count.
-    fn axis(&mut self, name: &str) {
-        self.bottom += 18.0;
-        self.text(PLOT_LEFT, self.bottom, Font::SMALL, name);
+    fn number(node: &Node<'_, '_>, name: &str) -> f64 {
+        node.attribute(name).unwrap().parse().unwrap()
     }
 
-    fn finish(self, title: &str) -> String {
-        let height = self.bottom + MARGIN;
-        let (title, body) = (escape(title), self.body);
-        format!(
-            r##"<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0}" viewBox="0 0 {WIDTH} {height:.0}" font-family="system-ui, 'Segoe UI', Helvetica, Arial, sans-serif" role="img">
-<title>Calibration report: {title}</title>
-<rect x="0.5" y="0.5" width="{:.1}" height="{:.1}" rx="8" fill="#ffffff" stroke="{LINE}"/>
-{body}</svg>
-"##,
-            WIDTH - 1.0,
-            height.round() - 1.0
-        )
+    /// Left, right, top and bottom of a text, with letters as wide as wide fonts have them on average.
+    fn extent(node: &Node<'_, '_>) -> [f64; 4] {
+        let (x, y, size) = (number(node, "x"), number(node, "y"), number(node, "font-size"));
+        let width = 0.6 * size * node.text().unwrap_or_default().chars().count() as f64;
+        let left = match node.attribute("text-anchor").unwrap() {
+            "end" => x - width,
+            "middle" => x - width / 2.0,
+            _ => x,
+        };
+        [left, left + width, y - 0.8 * size, y + 0.2 * size]
     }
-}
 
-/// A text as it may stand between tags or in an attribute; what XML has no character for is left out.
-fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&apos;"),
-            '\u{fffe}' | '\u{ffff}' => {}
-            c if c.is_control() => escaped.push(' '),
-            c => escaped.push(c),
+    #[test]
+    fn texts_stay_inside_and_apart_whatever_the_size_of_the_model() {
+        for (layers, experts) in [(1, 1), (1, 128), (128, 1), (2, 3), (4, 8), (24, 32), (36, 128), (128, 128)] {
+            let svg = picture(&report(layers, experts, layers % 3 != 0));
+            let document = Document::parse(&svg).unwrap();
+            assert!(!svg.contains("NaN") && !svg.contains("inf"), "{layers} {experts}");
+            let height = number(&document.root_element(), "height");
+            let texts: Vec<_> = document.descendants().filter(|node| node.has_tag_name("text")).collect();
+            for (i, text) in texts.iter().enumerate() {
+                let [left, right, top, bottom] = extent(text);
+                let what = format!("{layers} layers, {experts} experts: {:?}", text.text());
+                assert!(left >= 0.0 && right <= WIDTH && top >= 0.0 && bottom <= height, "{what} sticks out");
+                for other in &texts[..i] {
+                    let [l, r, t, b] = extent(other);
+                    let apart = right <= l || r <= left || bottom <= t || b <= top;
+                    assert!(apart, "{what} overlaps {:?}", other.text());
+                }
+            }
         }
     }
-    escaped
+
+    #[test]
+    fn a_picture_shows_what_the_report_has_and_nothing_else() {
+        let mut report = report(3, 4, true);
+        let with = picture(&report);
+        let shown =
+            ["Held-out text", "2.0e7", "Load of the experts", "without rotation, sweeps, bias", "< 3600", "biases"];
+        let escaped = |text: &&str| with.contains(&text.replace('<', "&lt;"));
+        assert!(shown.iter().all(escaped), "{with}");
+        report.held_out = None;
+        report.expert_loads = None;
+        let without = picture(&report);
+        assert!(!without.contains("Held-out") && !without.contains("experts</text>"), "{without}");
+        report.layers.clear();
+        report.parts.clear();
+        Document::parse(&picture(&report)).unwrap();
+    }
+
+    #[test]
+    fn a_picture_of_the_largest_model_is_small() {
+        let svg = picture(&report(36, 128, true));
+        assert!(svg.len() < 200_000, "{} bytes", svg.len());
+    }
+
+    #[test]
+    fn ticks_are_round_and_few() {
+        for largest in [1e-9, 0.003, 0.07, 0.1, 0.99, 1.0, 7.0, 1e9] {
+            let step = tick(largest);
+            assert!((1.0..=7.0).contains(&(largest / step)), "{largest}: {step}");
+        }
+        assert_eq!(decimal(0.05, 0.05), "0.05");
+        assert_eq!(decimal(0.1, 0.05), "0.10");
+        assert_eq!(decimal(200.0, 100.0), "200");
+        assert_eq!(decimal(0.0, 1e-9), "0e0");
+    }
 }
