@@ -79,8 +79,8 @@ impl Calibration {
         attention.max(experts.ceil() as usize)
     }
 
-    /// Tokens below which an expert has seen too few: five for each input of its matrices. Steps that follow the
-    /// statistics closely are left out for such an expert.
+    /// Tokens below which an expert has seen too few: five for each input of its larger matrix. Below that,
+    /// [`Method::Ternoss`](crate::Method::Ternoss) makes no greedy changes of that matrix.
     pub fn expert_tokens_wanted(config: &GptOssConfig) -> usize {
         5 * config.hidden_size.max(config.intermediate_size)
     }
