@@ -75,10 +75,19 @@ fn kills_change_nothing(method: &str) {
         if !killed(&arguments(&broken, method), || started.elapsed() > duration.mul_f64(share)) {
             break;
         }
-        assert!(!broken.exists(), "a half-written model looks whole");
+        if broken.exists() {
+            // Killed after the folder got its name, so it has to be whole; notes of the run may still lie in it.
+            for name in contents(&broken).into_keys().filter(|name| !whole.join(name).exists()) {
+                let note = name.to_string_lossy();
+                assert!(note == "resume.json" || note.starts_with("step-"), "{note}");
+                fs::remove_file(broken.join(&name)).unwrap();
+            }
+            break;
+        }
         assert!(steps(&partial) >= finished, "a run threw away what was finished");
         finished = steps(&partial);
     }
+    // A half-written model that looks whole is found by the comparison.
     if !broken.exists() {
         quantize(&broken, method);
     }

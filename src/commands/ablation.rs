@@ -73,10 +73,13 @@ fn variants() -> Result<Vec<Variant>> {
 pub(crate) fn run(args: AblationArgs) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
     let tokenizer = tokenizer(&checkpoint)?;
-    let read = |path: &PathBuf| fs::read_to_string(path).with_context(|| path.display().to_string());
-    let mut tokens = tokenizer.encode(&read(&args.text)?, true)?;
+    let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
+    let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(args.max_tokens);
-    let text = args.calibration.as_ref().map_or_else(|| Ok(CALIBRATION.into()), read)?;
+    let text = match &args.calibration {
+        Some(path) => Calibration::read_text(path)?,
+        None => CALIBRATION.into(),
+    };
     let text = tokenizer.encode(&text, true)?;
     let calibration = Calibration::new(&text, args.calibration_context, args.calibration_tokens, checkpoint.config())?;
     if !args.json {

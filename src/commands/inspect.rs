@@ -10,7 +10,7 @@ use ternoss::{
     calib::ternary_weights,
     model::{
         Checkpoint, GptOssConfig,
-        checkpoint::{ExpertMatrix, LinearName},
+        checkpoint::{ExpertMatrix, LinearName, Part},
         config::{LayerType, Quantization},
     },
 };
@@ -31,9 +31,9 @@ pub(crate) struct InspectArgs {
     json: bool,
 }
 
-/// Tensors of one role.
+/// Tensors of the roles that are shown together.
 #[derive(Default)]
-struct Part {
+struct Group {
     tensors: usize,
     bytes: usize,
 }
@@ -43,9 +43,9 @@ const PARTS: [&str; 4] = ["attention", "experts", "embedding and output", "route
 
 pub(crate) fn run(args: InspectArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&resolve_model(&args.model)?)?;
-    let mut parts: [Part; 4] = Default::default();
+    let mut parts: [Group; 4] = Default::default();
     for (name, entry) in checkpoint.tensors() {
-        let part = &mut parts[part_of(name)];
+        let part = &mut parts[group_of(name)];
         part.tensors += 1;
         part.bytes += entry.bytes();
     }
@@ -70,12 +70,11 @@ pub(crate) fn run(args: InspectArgs) -> Result<()> {
     Ok(())
 }
 
-fn part_of(name: &str) -> usize {
-    let weight = name.ends_with("_proj.weight") || name.contains("_proj.codes") || name.ends_with("_scales");
-    match name {
-        "model.embed_tokens.weight" | "lm_head.weight" => 2,
-        _ if name.contains(".self_attn.") && weight => 0,
-        _ if name.contains(".mlp.experts.") && !name.ends_with("_bias") => 1,
+fn group_of(name: &str) -> usize {
+    match Part::of(name) {
+        Part::AttentionCodes | Part::AttentionScales => 0,
+        Part::ExpertCodes | Part::ExpertScales => 1,
+        Part::Embedding | Part::OutputLayer => 2,
         _ => 3,
     }
 }
@@ -132,7 +131,7 @@ fn ternary_size(checkpoint: &Checkpoint, format: CodeFormat) -> (usize, f64) {
     (total, 8.0 * total as f64 / ternary_weights(checkpoint) as f64)
 }
 
-fn print_json(checkpoint: &Checkpoint, parts: &[Part]) -> io::Result<()> {
+fn print_json(checkpoint: &Checkpoint, parts: &[Group]) -> io::Result<()> {
     let config = checkpoint.config();
     let parts: serde_json::Map<_, _> = PARTS
         .iter()

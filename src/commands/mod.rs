@@ -23,7 +23,9 @@ use anyhow::{Context, Result};
 use clap::Args;
 use ternoss::{
     Cpu,
-    model::{Checkpoint, ExpertPlacement, GptOss, LoadOptions, tokenizer::Tokenizer},
+    model::{
+        Checkpoint, ExpertPlacement, GptOss, LoadOptions, checkpoint::readable_size as bytes, tokenizer::Tokenizer,
+    },
 };
 
 /// The device all commands compute on.
@@ -74,14 +76,5 @@ fn token_ids(text: &str) -> Result<Vec<u32>, String> {
     match text.trim() {
         "" => Ok(Vec::new()),
         ids => ids.split(',').map(parse).collect(),
-    }
-}
-
-/// Bytes as people read them.
-fn bytes(count: usize) -> String {
-    match count as f64 {
-        n if n >= 1e9 => format!("{:.2} GB", n / 1e9),
-        n if n >= 1e6 => format!("{:.2} MB", n / 1e6),
-        n => format!("{:.1} kB", n / 1e3),
     }
 }

@@ -1,18 +1,18 @@
 //! `ternoss quantize`
 
-use std::{fs, io, path::PathBuf, sync::OnceLock};
+use std::{path::PathBuf, sync::OnceLock};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use ternoss::{
     Cpu,
     backends::CodeFormat,
-    calib::{self, Calibration, Method, QuantizeOptions, Report, Steps, quantize, ternary_weights},
+    calib::{self, Calibration, Method, QuantizeOptions, Steps, quantize, ternary_weights},
     model::Checkpoint,
     quant::{Granularity, TernaryConfig},
 };
 
-use super::{CALIBRATION, Device, ModelArgs, bytes, tokenizer};
+use super::{CALIBRATION, Device, ModelArgs, tokenizer};
 use crate::progress::{Progress, Unit};
 
 /// Make a model ternary and write it to a folder
@@ -103,7 +103,7 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     })?;
     match args.json {
         true => print_line!("{}", serde_json::to_string_pretty(&report)?)?,
-        false => print_report(&report)?,
+        false => print_line!("{report}")?,
     }
     Ok(())
 }
@@ -129,23 +129,14 @@ pub(super) fn with_progress<T>(
 /// The calibration text as windows of tokens.
 fn calibration(args: &QuantizeArgs, checkpoint: &Checkpoint) -> Result<Calibration> {
     let text = match &args.calibration {
-        Some(path) => fs::read_to_string(path).with_context(|| path.display().to_string())?,
+        Some(path) => Calibration::read_text(path)?,
         None => CALIBRATION.into(),
     };
     let tokens = tokenizer(checkpoint)?.encode(&text, true)?;
     let config = checkpoint.config();
     let calibration = Calibration::new(&tokens, args.calibration_context, args.calibration_tokens, config)?;
-    let (found, wanted) = (calibration.tokens(), Calibration::tokens_wanted(config));
-    if found < wanted {
-        eprintln!("warning: {found} calibration tokens are few for this model: {wanted} or more give a better result");
+    if let Some(shortage) = calibration.shortage(config) {
+        eprintln!("warning: {shortage}");
     }
     Ok(calibration)
-}
-
-fn print_report(report: &Report) -> io::Result<()> {
-    print_line!("ternary weights     {:>12}  {}", report.ternary_weights, bytes(report.ternary_bytes))?;
-    print_line!("bits per weight     {:>12.3}", report.bits_per_weight)?;
-    print_line!("full precision      {:>12}  {}", "", bytes(report.full_precision_bytes))?;
-    let what = if report.calibration_tokens > 0 { "outputs" } else { "weights" };
-    print_line!("relative error      {:>12.4}  (squared, of the {what}, mean)", report.mean_relative_error())
 }

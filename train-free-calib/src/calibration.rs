@@ -1,5 +1,7 @@
 //! The text that a model is calibrated on.
 
+use std::{fmt, fs, path::Path};
+
 use ternoss_model::{GptOssConfig, checkpoint::fingerprint};
 
 use crate::CalibError;
@@ -15,14 +17,31 @@ pub struct Calibration {
 }
 
 impl Calibration {
+    /// Reads a text to calibrate on.
+    ///
+    /// # Errors
+    /// [`CalibError::ReadText`], [`CalibError::NotUtf8`], and [`CalibError::EmptyText`] when it is nothing but white
+    /// space.
+    pub fn read_text(path: &Path) -> Result<String, CalibError> {
+        let name = || path.display().to_string();
+        let bytes = fs::read(path).map_err(|source| CalibError::ReadText { path: name(), source })?;
+        let not_utf8 = |position| CalibError::NotUtf8 { path: name(), position };
+        let text = String::from_utf8(bytes).map_err(|error| not_utf8(error.utf8_error().valid_up_to()))?;
+        if text.trim().is_empty() { Err(CalibError::EmptyText { path: name() }) } else { Ok(text) }
+    }
+
     /// The first whole windows of `context` tokens, at most `max_tokens` tokens in all, and the held-out windows after them:
     /// one for 16. Where the text ends before, the last windows are held out instead, if there is more than one.
+    ///
+    /// One window is the least: the statistics are damped, so any number of tokens gives a result, but with less than a
+    /// window the model never sees as much context as it was told to. See [`shortage`](Self::shortage) for more.
     ///
     /// # Errors
     /// [`CalibError::ShortText`] when the text does not fill one window, [`CalibError::Token`] for a token outside the
     /// vocabulary.
     pub fn new(tokens: &[u32], context: usize, max_tokens: usize, config: &GptOssConfig) -> Result<Self, CalibError> {
-        let short = CalibError::ShortText { tokens: tokens.len().min(max_tokens), context };
+        let wanted = Self::tokens_wanted(config);
+        let short = CalibError::ShortText { tokens: tokens.len().min(max_tokens), context, wanted };
         if context < 2 {
             return Err(short);
         }
@@ -74,8 +93,36 @@ impl Calibration {
     /// many as reach each of them if the router is fair.
     pub fn tokens_wanted(config: &GptOssConfig) -> usize {
         let share = config.num_local_experts as f64 / config.experts_per_token as f64;
-        let experts = 5.0 * config.hidden_size.max(config.intermediate_size) as f64 * share;
+        let experts = Self::expert_tokens_wanted(config) as f64 * share;
         let attention = 5 * config.hidden_size.max(config.num_attention_heads * config.head_dim);
         attention.max(experts.ceil() as usize)
+    }
+
+    /// Tokens below which an expert has seen too few: five for each input of its larger matrix. Below that,
+    /// [`Method::Ternoss`](crate::Method::Ternoss) makes no greedy changes of that matrix.
+    pub fn expert_tokens_wanted(config: &GptOssConfig) -> usize {
+        5 * config.hidden_size.max(config.intermediate_size)
+    }
+
+    /// What is missing to as many tokens as the model should have, if something is.
+    pub fn shortage(&self, config: &GptOssConfig) -> Option<Shortage> {
+        let (found, wanted) = (self.tokens(), Self::tokens_wanted(config));
+        (found < wanted).then_some(Shortage { found, wanted })
+    }
+}
+
+/// A warning: the calibration goes on, but its statistics are thin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    /// Tokens there are.
+    pub found: usize,
+    /// Tokens there should be.
+    pub wanted: usize,
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { found, wanted } = self;
+        write!(f, "{found} calibration tokens are few for this model: {wanted} or more give a better result")
     }
 }

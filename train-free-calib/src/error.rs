@@ -3,7 +3,7 @@
 use ternoss_backends::FormatError;
 use ternoss_model::CheckpointError;
 
-use crate::Method;
+use crate::{Method, Side};
 
 /// A quantization that cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -20,13 +20,50 @@ pub enum CalibError {
         /// The method.
         method: Method,
     },
+    /// The calibration text cannot be read.
+    #[error("{path}")]
+    ReadText {
+        /// The file.
+        path: String,
+        /// What failed.
+        source: std::io::Error,
+    },
+    /// The calibration text is not UTF-8.
+    #[error("{path}: not UTF-8 at byte {position}, a calibration text must be")]
+    NotUtf8 {
+        /// The file.
+        path: String,
+        /// The first byte that is not.
+        position: usize,
+    },
+    /// The calibration text says nothing.
+    #[error("{path}: empty, a calibration text is expected")]
+    EmptyText {
+        /// The file.
+        path: String,
+    },
     /// The calibration text does not fill a window.
-    #[error("the calibration text has {tokens} tokens, at least one window of {context} is needed")]
+    #[error(
+        "the calibration text has {tokens} tokens, at least one window of {context} is needed \
+         ({wanted} tokens or more give a good result)"
+    )]
     ShortText {
         /// Tokens of the text.
         tokens: usize,
         /// Tokens a window.
         context: usize,
+        /// Tokens that this model should have.
+        wanted: usize,
+    },
+    /// A model computes NaN or infinity.
+    #[error(
+        "the activations of the {side} hold NaN or infinity after layer {layer}: its weights are too large for f32"
+    )]
+    NotFinite {
+        /// The layer, counted from 0.
+        layer: usize,
+        /// Which of the two models.
+        side: Side,
     },
     /// Distillation has nothing to be judged on.
     #[error("distillation needs a calibration text of at least two windows: one of them is held out to judge it")]

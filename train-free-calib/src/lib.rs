@@ -14,30 +14,37 @@
 //! | `layer` | one layer: attention, then experts, the full-precision model beside the ternary one |
 //! | `step` | one weight file: a layer, with or without a text |
 //! | `pipeline` | all of them, and the folder |
+//! | `finite` | the check after each layer |
+//! | `report`, `summary`, `picture` | what was done: as JSON, as text, as an SVG |
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 mod calibration;
+mod canvas;
 mod compensate;
 mod distill;
 mod error;
+mod finite;
 mod hard;
 mod layer;
 mod levels;
 mod linalg;
 mod method;
 mod moments;
+mod picture;
 mod pipeline;
 mod reconstruct;
 mod refine;
 mod report;
 mod solution;
 mod step;
+mod summary;
 mod ternarize;
 mod tuned;
 
-pub use calibration::Calibration;
+pub use calibration::{Calibration, Shortage};
 pub use error::CalibError;
+pub use finite::Side;
 pub use levels::MAX_PLANES;
 pub use method::{Method, Steps};
 pub use pipeline::{Progress, QuantizeOptions, quantize, ternary_weights};
-pub use report::{Distilled, HeldOut, LayerReport, MatrixReport, Reconstruction, Report};
+pub use report::{Distilled, ExpertLoads, HeldOut, LayerReport, MatrixReport, PartBytes, Reconstruction, Report};

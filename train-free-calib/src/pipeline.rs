@@ -17,7 +17,8 @@ use crate::{
     distill::Distillation,
     layer::{Activations, TernaryLayer},
     levels::MAX_PLANES,
-    report::{Distilled, HeldOut, REPORT_FILE},
+    picture::{PICTURE_FILE, picture},
+    report::{Distilled, HeldOut, PartBytes, REPORT_FILE},
     step::{Done, Job, activations_file, write_changed},
     ternarize::Recipe,
 };
@@ -169,7 +170,7 @@ fn calibrate<B: TernaryBackend>(
     }
     // Any of them may be left of a run that was killed.
     (0..=layers).for_each(|layers| writer.remove(&activations_file(layers)));
-    let mut report = report(checkpoint, recipe, calibration.map_or(0, Calibration::tokens), done);
+    let mut report = Report::new(checkpoint, recipe, calibration, done);
     report.run = fingerprint_of(settings);
     if let (Some(activations), Some(calibration)) = (activations, calibration) {
         report.held_out = held_out(checkpoint, calibration, activations, device)?;
@@ -215,14 +216,17 @@ fn distill<B: TernaryBackend>(
     let kept = distilled.after.kl_divergence < distilled.before.kl_divergence;
     report.distillation = Some(Distilled { steps: options.distill, kept, before: distilled.before });
     report.held_out = Some(if kept { distilled.after } else { distilled.before });
+    let mut parts = PartBytes::new();
     for step in 0..=layers {
         let changed = match (kept, step.checked_sub(1)) {
             (false, _) => TernaryLayer::default(),
             (true, None) => distilled.outside(),
             (true, Some(layer)) => distilled.layers[layer].harden()?.written(layer),
         };
-        write_changed(&student, step, &changed, &mut writer)?;
+        let written = write_changed(&student, step, &changed, &mut writer)?;
+        written.into_iter().for_each(|(part, bytes)| *parts.entry(part).or_default() += bytes);
     }
+    report.set_parts(parts);
     finish(&student, read_config(&student)?, &report, writer)?;
     Ok(report)
 }
@@ -262,32 +266,13 @@ fn check_folders(checkpoint: &Checkpoint, output: &Path) -> Result<(), CalibErro
     Ok(())
 }
 
-fn report(checkpoint: &Checkpoint, recipe: &Recipe, calibration_tokens: usize, done: Vec<Done>) -> Report {
-    let ternary_weights = ternary_weights(checkpoint);
-    let ternary_bytes = done.iter().map(|step| step.ternary_bytes).sum();
-    Report {
-        method: recipe.method,
-        steps: recipe.steps,
-        ternary: recipe.ternary,
-        planes: recipe.planes,
-        calibration_tokens,
-        run: String::new(),
-        held_out: None,
-        distillation: None,
-        ternary_weights,
-        ternary_bytes,
-        full_precision_bytes: done.iter().map(|step| step.full_precision_bytes).sum(),
-        bits_per_weight: 8.0 * ternary_bytes as f64 / ternary_weights as f64,
-        layers: done.into_iter().filter_map(|step| step.layer).collect(),
-    }
-}
-
 /// Writes what stands beside the weights, and makes the folder a model.
 fn finish(checkpoint: &Checkpoint, mut config: Value, report: &Report, writer: FolderWriter) -> Result<(), CalibError> {
     for name in COMPANIONS {
         writer.copy(checkpoint.folder(), name)?;
     }
     writer.file(REPORT_FILE, format!("{:#}\n", json!(report)).as_bytes())?;
+    writer.file(PICTURE_FILE, picture(report).as_bytes())?;
     config["quantization_config"] = json!(TernaryQuantization {
         quant_method: TERNOSS.into(),
         version: FORMAT_VERSION,

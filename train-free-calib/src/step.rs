@@ -14,7 +14,7 @@ use ternoss_quant::PackedTernary;
 use crate::{
     CalibError,
     layer::{Activations, ChangedFloats, LayerCalibration, TernaryLayer},
-    report::{LayerReport, MatrixReport},
+    report::{LayerReport, MatrixReport, PartBytes, bytes_by_part},
     ternarize::Recipe,
 };
 
@@ -34,6 +34,8 @@ pub(crate) struct Job<'a, B: TernaryBackend> {
 pub(crate) struct Done {
     pub(crate) ternary_bytes: usize,
     pub(crate) full_precision_bytes: usize,
+    /// The same bytes by what they are spent on.
+    pub(crate) parts: PartBytes,
     /// What became of the layer in it; the first file has none.
     pub(crate) layer: Option<LayerReport>,
 }
@@ -73,6 +75,7 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
             (Some(number), Some(activations)) => {
                 let layer = LayerCalibration::new(self.checkpoint, number, &self.recipe, self.device, self.progress)?;
                 let layer = layer.run(activations)?;
+                activations.expect_finite(number)?;
                 writer.file(&activations_file(step), &activations.to_bytes())?;
                 layer
             }
@@ -85,9 +88,10 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         for (path, matrices) in &layer.matrices {
             tensors.extend(OutputTensor::ternary(path, matrices));
         }
+        let parts = bytes_by_part(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.bytes())));
         writer.shard(step, tensors)?;
         let ternary_bytes = layer.matrices.iter().map(|(_, packed)| packed.layout.bytes()).sum();
-        Ok(Done { ternary_bytes, full_precision_bytes, layer: number.map(|_| layer.report) })
+        Ok(Done { ternary_bytes, full_precision_bytes, parts, layer: number.map(|_| layer.report) })
     }
 
     /// All ternary matrices of a layer, without looking at a text.
@@ -193,7 +197,7 @@ pub(crate) fn write_changed(
     step: usize,
     changed: &TernaryLayer,
     writer: &mut FolderWriter,
-) -> Result<(), CheckpointError> {
+) -> Result<PartBytes, CheckpointError> {
     let number = step.checked_sub(1);
     let mut tensors: BTreeMap<String, OutputTensor<'_>> = BTreeMap::new();
     for (name, _) in source.tensors().filter(|(name, _)| layer_of(name, source) == number) {
@@ -205,7 +209,9 @@ pub(crate) fn write_changed(
     for (path, matrices) in &changed.matrices {
         tensors.extend(OutputTensor::ternary(path, matrices));
     }
-    writer.shard(step, tensors.into_iter().collect())
+    let parts = bytes_by_part(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.bytes())));
+    writer.shard(step, tensors.into_iter().collect())?;
+    Ok(parts)
 }
 
 /// The layer a tensor belongs to, if the model has it.

@@ -70,9 +70,10 @@ impl Recipe {
             let given = dense.clone().matmul(statistics.student.clone().transpose());
             (wanted - given).squeeze_dim(1)
         });
-        let power = |x: Tensor<B, 2>| match statistics {
-            Some(statistics) => sum(x.clone().matmul(statistics.second.clone()) * x),
-            None => sum(x.square()),
+        let unit = power_of_two(&target).recip();
+        let power = |x: Tensor<B, 2>| match (x * unit, statistics) {
+            (x, Some(statistics)) => sum(x.clone().matmul(statistics.second.clone()) * x),
+            (x, None) => sum(x.square()),
         };
         let nonzero: f64 = parts.iter().map(|part| sum(part.trits.clone().square())).sum();
         Ok(Ternarized {
@@ -116,7 +117,89 @@ impl Recipe {
     }
 }
 
+/// The power of two at or below the largest magnitude: divided by it, exactly, nothing overflows when it is squared.
+fn power_of_two<B: Backend>(matrix: &Tensor<B, 2>) -> f32 {
+    let largest = host(matrix.clone()).into_iter().fold(f32::MIN_POSITIVE, |largest, x| largest.max(x.abs()));
+    largest.log2().floor().exp2()
+}
+
 /// Every row of a matrix rotated.
 pub(crate) fn rotate_rows(rows: &mut [f32], in_features: usize, rotation: Rotation) {
     rows.par_chunks_mut(in_features).for_each(|row| rotation.rotate(row));
+}
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+    use ternoss_backends::{Rotation, TernaryBackend};
+
+    use super::*;
+    use crate::moments::Moments;
+
+    /// `rows` rows of pseudo-random weights, multiplied by `unit`.
+    fn weights([in_features, rows]: [usize; 2], unit: f32) -> Vec<f32> {
+        (0..in_features * rows).map(|i| (((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0) * unit).collect()
+    }
+
+    fn statistics<B: TernaryBackend>(tokens: usize, in_features: usize, dead: &[usize]) -> Option<Statistics<B>> {
+        let device = Default::default();
+        let mut inputs = weights([in_features, tokens], 1.0);
+        for row in inputs.chunks_mut(in_features) {
+            dead.iter().for_each(|i| row[*i] = 0.0);
+        }
+        let inputs = Tensor::<B, 2>::from_data(TensorData::new(inputs, [tokens, in_features]), &device);
+        let mut moments = Moments::new(in_features, &device);
+        moments.add(inputs.clone(), inputs, None);
+        moments.statistics()
+    }
+
+    fn recipes() -> Vec<Recipe> {
+        let ternoss = |rotation, planes| Recipe {
+            method: Method::Ternoss,
+            steps: Method::Ternoss.steps(),
+            ternary: TernaryConfig { rotation, ..TernaryConfig::default() },
+            planes,
+        };
+        let pt_bitnet = Recipe { method: Method::PtBitnet, steps: Method::PtBitnet.steps(), ..ternoss(None, 1) };
+        vec![ternoss(None, 1), ternoss(Some(Rotation::default()), 1), ternoss(None, 3), pt_bitnet]
+    }
+
+    #[test]
+    fn dead_inputs_and_few_tokens_leave_everything_finite() {
+        let shape @ [in_features, _] = [128, 24];
+        let all: Vec<usize> = (0..in_features).collect();
+        for (tokens, dead) in [(700, &[0, 63, 64, 100][..]), (700, &all[..127]), (3, &[1]), (1, &[]), (700, &all)] {
+            let statistics = statistics::<Flex>(tokens, in_features, dead);
+            assert_eq!(statistics.is_none(), dead.len() == in_features, "no input at all: no statistics");
+            for recipe in recipes() {
+                let what = format!("{recipe:?}, {tokens} tokens, {} dead", dead.len());
+                let made =
+                    recipe.ternarize::<Flex>(weights(shape, 1.0), shape, statistics.as_ref(), &Default::default());
+                let made = made.unwrap();
+                assert!(made.packed.row_scales.iter().all(|scale| scale.is_finite()), "{what}");
+                assert!(
+                    made.relative_error.is_finite() && made.relative_error >= 0.0,
+                    "{what}: {}",
+                    made.relative_error
+                );
+                let shift = made.bias_shift.map(|shift| shift.into_data().iter::<f32>().all(f32::is_finite));
+                assert_ne!(shift, Some(false), "{what}");
+            }
+        }
+    }
+
+    #[test]
+    fn errors_do_not_depend_on_the_unit_of_the_weights() {
+        let shape = [64, 8];
+        let none = Recipe { method: Method::Absmean, steps: Steps::NONE, ..recipes().remove(0) };
+        let error = |unit| {
+            let made = none.ternarize::<Flex>(weights(shape, unit), shape, None, &Default::default()).unwrap();
+            made.relative_error
+        };
+        let expected = error(1.0);
+        assert!(expected > 0.05 && expected < 0.5, "{expected}");
+        for power in [-60, -20, 20, 60, 100] {
+            assert!((error(2f32.powi(power)) - expected).abs() < 1e-6, "2^{power}: {}", error(2f32.powi(power)));
+        }
+    }
 }

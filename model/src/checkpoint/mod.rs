@@ -6,6 +6,7 @@
 mod error;
 mod load;
 mod names;
+mod part;
 mod resume;
 mod weights;
 mod write;
@@ -13,6 +14,7 @@ mod write;
 pub use error::CheckpointError;
 pub use load::{ExpertPlacement, LoadOptions};
 pub use names::{ExpertMatrix, FINAL_NORM, LinearName, TernaryPath};
+pub use part::{Part, readable_size};
 pub use write::{FolderWriter, OutputTensor};
 
 use std::{
