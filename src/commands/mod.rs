@@ -8,6 +8,8 @@ macro_rules! print_line {
 }
 
 pub(crate) mod ablation;
+mod calibration;
+mod chat;
 pub(crate) mod demo;
 pub(crate) mod download;
 pub(crate) mod generate;
@@ -23,7 +25,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use ternoss::{
     Cpu,
-    model::{Checkpoint, ExpertPlacement, GptOss, LoadOptions, tokenizer::Tokenizer},
+    model::{Checkpoint, ExpertPlacement, GptOss, LoadOptions, config::GenerationConfig, tokenizer::Tokenizer},
 };
 
 /// The device all commands compute on.
@@ -66,6 +68,15 @@ impl ModelArgs {
 /// The tokenizer in a model's folder.
 fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
     Tokenizer::from_folder(checkpoint.folder()).context("this command needs the model's tokenizer")
+}
+
+/// The tokens that end a text: those of `generation_config.json`, or of `config.json` where it names none.
+fn stop_tokens(checkpoint: &Checkpoint) -> Result<Vec<u32>> {
+    let generation = GenerationConfig::from_folder(checkpoint.folder())?;
+    Ok(match generation.eos_token_id.is_empty() {
+        true => checkpoint.config().eos_token_id.clone(),
+        false => generation.eos_token_id,
+    })
 }
 
 /// Parses `1,2,3`.

@@ -2,17 +2,19 @@
 
 use std::{fs, io, path::PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use ternoss::{
     Cpu,
     backends::CodeFormat,
-    calib::{Calibration, Method, QuantizeOptions, Report, quantize, ternary_weights},
-    model::Checkpoint,
+    calib::{Method, QuantizeOptions, Report, check, quantize, ternary_weights},
     quant::{Granularity, TernaryConfig},
 };
 
-use super::{CALIBRATION, Device, ModelArgs, bytes, tokenizer};
+use super::{
+    Device, ModelArgs, bytes,
+    calibration::{self, CalibrationArgs},
+};
 use crate::progress::{Progress, Unit};
 
 /// Make a model ternary and write it to a folder
@@ -32,16 +34,8 @@ pub(crate) struct QuantizeArgs {
     /// Steps of the method to leave out: rotation, regression, compensation, sweeps, bias
     #[arg(long, value_name = "STEP,..", value_delimiter = ',')]
     without: Vec<String>,
-    /// UTF-8 text to calibrate on, the more like the text the model is for, the better; without it, some novels and
-    /// encyclopedia articles that are part of this program
-    #[arg(long, value_name = "FILE")]
-    calibration: Option<PathBuf>,
-    /// Tokens of the text to use at most
-    #[arg(long, default_value_t = 32_768)]
-    calibration_tokens: usize,
-    /// Tokens the model sees at a time while it is calibrated
-    #[arg(long, default_value_t = 1024)]
-    calibration_context: usize,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     /// Trits a weight is the sum of: 1, 2 or 3
     #[arg(long, default_value_t = 1)]
     planes: usize,
@@ -82,12 +76,14 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     };
     let looks_at_text = options.steps.look_at_text();
     ensure!(
-        looks_at_text || args.calibration.is_none(),
+        looks_at_text || !args.calibration.is_given(),
         "{} with these steps looks at no calibration text",
         args.method
     );
+    check(&checkpoint, &args.output, &options)?;
+    let traces = calibration::traces_file(&args.output);
     let calibration = match looks_at_text {
-        true => Some(calibration(&args, &checkpoint)?),
+        true => Some(args.calibration.windows(&args.model, &checkpoint, Some(&traces))?),
         false => None,
     };
     let progress = Progress::new("quantize", ternary_weights(&checkpoint) as u64, Unit::Count("weights"));
@@ -95,27 +91,15 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     let advance = |weights: usize| progress.advance(weights as u64);
     let report = quantize::<Cpu>(&checkpoint, &args.output, &options, calibration.as_ref(), &device, &advance)?;
     drop(progress);
+    if args.calibration.is_own() {
+        // It is kept only as long as a run may have to go on, and one that stays only takes space.
+        let _ = fs::remove_file(&traces);
+    }
     match args.json {
         true => print_line!("{}", serde_json::to_string_pretty(&report)?)?,
         false => print_report(&report)?,
     }
     Ok(())
-}
-
-/// The calibration text as windows of tokens.
-fn calibration(args: &QuantizeArgs, checkpoint: &Checkpoint) -> Result<Calibration> {
-    let text = match &args.calibration {
-        Some(path) => fs::read_to_string(path).with_context(|| path.display().to_string())?,
-        None => CALIBRATION.into(),
-    };
-    let tokens = tokenizer(checkpoint)?.encode(&text, true)?;
-    let config = checkpoint.config();
-    let calibration = Calibration::new(&tokens, args.calibration_context, args.calibration_tokens, config)?;
-    let (found, wanted) = (calibration.tokens(), Calibration::tokens_wanted(config));
-    if found < wanted {
-        eprintln!("warning: {found} calibration tokens are few for this model: {wanted} or more give a better result");
-    }
-    Ok(calibration)
 }
 
 fn print_report(report: &Report) -> io::Result<()> {

@@ -6,6 +6,7 @@
 //! | file | step |
 //! |---|---|
 //! | `calibration` | the text |
+//! | `traces` | text that the model writes itself |
 //! | `moments` | statistics of every linear's inputs, the target for the student's inputs |
 //! | `levels` | thresholds and scales of a group of weights (stage 1) |
 //! | `compensate` | ternary GPTQ |
@@ -30,10 +31,12 @@ mod report;
 mod solution;
 mod step;
 mod ternarize;
+mod traces;
 
 pub use calibration::Calibration;
 pub use error::CalibError;
 pub use levels::MAX_PLANES;
 pub use method::{Method, Steps};
-pub use pipeline::{QuantizeOptions, quantize, ternary_weights};
+pub use pipeline::{QuantizeOptions, check, quantize, ternary_weights};
 pub use report::{LayerReport, MatrixReport, Report};
+pub use traces::{TraceOptions, Traces};

@@ -80,10 +80,9 @@ pub fn quantize<B: TernaryBackend>(
     device: &B::Device,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<Report, CalibError> {
-    check_folders(checkpoint, output)?;
+    check(checkpoint, output, options)?;
     let recipe = recipe(options)?;
     let job = Job::<B> { checkpoint, recipe, device, progress };
-    job.check_layout()?;
     let calibration = calibration.filter(|_| recipe.steps.look_at_text());
     let mut activations = match calibration {
         Some(calibration) => Some(Activations::embed(checkpoint, calibration, device)?),
@@ -121,6 +120,16 @@ pub fn quantize<B: TernaryBackend>(
     let report = report(checkpoint, &recipe, calibration.map_or(0, Calibration::tokens), done);
     finish(checkpoint, config, &report, writer)?;
     Ok(report)
+}
+
+/// Refuses what [`quantize`] would refuse before it starts: for callers with long work to do first.
+///
+/// # Errors
+/// [`CalibError`]
+pub fn check(checkpoint: &Checkpoint, output: &Path, options: &QuantizeOptions) -> Result<(), CalibError> {
+    check_folders(checkpoint, output)?;
+    recipe(options)?.check_layout(checkpoint)?;
+    Ok(FolderWriter::check(output, options.overwrite)?)
 }
 
 fn check_folders(checkpoint: &Checkpoint, output: &Path) -> Result<(), CalibError> {
