@@ -98,7 +98,7 @@ impl<'a> Printer<'a> {
         }
         self.end_of_thinking()?;
         if !self.answered {
-            eprintln!("note: {} tokens brought no answer: --max-tokens allows more", tokens.len());
+            eprintln!("note: no answer within {} tokens (--max-tokens)", tokens.len());
         }
         Ok(print_line!("")?)
     }

@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::json;
 use ternoss::model::{
-    StopRules,
+    Checkpoint, StopRules,
     harmony::{Effort, Harmony},
     sampling::{Sampler, SamplingConfig},
     tokenizer::Tokenizer,
@@ -31,7 +31,7 @@ pub(crate) struct GenerateArgs {
     tokens: Option<TokenIds>,
     /// Take the prompt as a user's message, in gpt-oss's notation for conversations, and print the answer; what the model
     /// thinks goes to stderr
-    #[arg(long, requires = "prompt", conflicts_with = "ignore_eos")]
+    #[arg(long, requires = "prompt", conflicts_with_all = ["tokens", "ignore_eos"])]
     chat: bool,
     /// How long the model thinks before it answers: low, medium or high
     #[arg(long, value_name = "EFFORT", default_value = "medium", value_parser = chat::effort, requires = "chat")]
@@ -107,17 +107,7 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
         Some(_) => Tokenizer::from_folder(checkpoint.folder()).ok(),
     };
     if let (Some(question), Some(tokenizer), true) = (&args.prompt, &tokenizer, args.chat) {
-        let harmony = Harmony::new(tokenizer)?;
-        let prompt = chat::prompt(&harmony, question, args.reasoning)?;
-        let rules = StopRules {
-            max_tokens: args.max_tokens,
-            stop_tokens: [stop_tokens(&checkpoint)?.as_slice(), &harmony.stop_tokens()].concat(),
-        };
-        let model = args.model.load(&checkpoint)?;
-        let mut printer = chat::Printer::new(&harmony, args.json);
-        let new =
-            model.generate(&prompt, &mut model.new_cache(), &mut sampler, &rules, |token| printer.token(token))?;
-        return printer.finish(&new);
+        return answer(&args, &checkpoint, &Harmony::new(tokenizer)?, question, &mut sampler);
     }
     let prompt = match (&args.prompt, &args.tokens, &tokenizer) {
         (Some(text), _, Some(tokenizer)) => tokenizer.encode(text, true)?,
@@ -141,9 +131,33 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
         }
         print_line!("{object}")?;
     }
-    let rate = (prompt.len() + new.len()) as f64 / started.elapsed().as_secs_f64();
-    tracing::info!("{} prompt tokens, {} new, {rate:.1} tokens/s", prompt.len(), new.len());
+    log_speed(prompt.len(), new.len(), started);
     Ok(())
+}
+
+/// Prints what the model answers to a question.
+fn answer(
+    args: &GenerateArgs,
+    checkpoint: &Checkpoint,
+    harmony: &Harmony,
+    question: &str,
+    sampler: &mut Sampler,
+) -> Result<()> {
+    let prompt = chat::prompt(harmony, question, args.reasoning)?;
+    let stop_tokens = [stop_tokens(checkpoint)?.as_slice(), &harmony.stop_tokens()].concat();
+    let rules = StopRules { max_tokens: args.max_tokens, stop_tokens };
+    let model = args.model.load(checkpoint)?;
+    let started = Instant::now();
+    let mut printer = chat::Printer::new(harmony, args.json);
+    let new = model.generate(&prompt, &mut model.new_cache(), sampler, &rules, |token| printer.token(token))?;
+    printer.finish(&new)?;
+    log_speed(prompt.len(), new.len(), started);
+    Ok(())
+}
+
+fn log_speed(prompt: usize, new: usize, started: Instant) {
+    let rate = (prompt + new) as f64 / started.elapsed().as_secs_f64();
+    tracing::info!("{prompt} prompt tokens, {new} new, {rate:.1} tokens/s");
 }
 
 /// Writes tokens to stdout as they come: as text, or as ids where there is no tokenizer.
