@@ -4,7 +4,7 @@ use std::{io, process::ExitCode};
 
 use ternoss::calib::CalibError;
 use ternoss::hub::HubError;
-use ternoss::model::CheckpointError;
+use ternoss::model::{CheckpointError, harmony::HarmonyError};
 
 /// Prints an error and its hint to stderr. A reader that went away (`ternoss generate | head`) is no error.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
@@ -40,6 +40,9 @@ fn line(error: &anyhow::Error) -> String {
 fn hint(error: &anyhow::Error) -> Option<&'static str> {
     if let Some(hub) = error.chain().find_map(|cause| cause.downcast_ref::<HubError>()) {
         return hub.hint();
+    }
+    if error.chain().any(|cause| matches!(cause.downcast_ref(), Some(HarmonyError::NoMark { .. }))) {
+        return Some("without --chat, the prompt is plain text to go on from");
     }
     let checkpoint = error.chain().find_map(|cause| {
         let inner = cause.downcast_ref::<CalibError>().and_then(|calib| match calib {

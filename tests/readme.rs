@@ -4,12 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod hub_server;
+mod support;
 
 use std::{fs, path::Path, process::Command};
 
 use hub_server::{HubServer, RepoFile};
 
-/// The model that README.md downloads; the hub here gives out the small one under its name.
+/// The model that README.md downloads; the hub here gives out the small one under its name, with its special tokens.
 const MODEL: &str = "openai/gpt-oss-20b";
 
 /// How README.md calls the program.
@@ -41,10 +42,11 @@ fn flat(code: &str) -> String {
 
 #[test]
 fn hub_commands_work_in_their_order() {
-    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-gpt-oss");
+    let model = tempfile::tempdir().unwrap();
+    support::chat_model(model.path());
     let file =
         |entry: fs::DirEntry| RepoFile::large(entry.file_name().to_str().unwrap(), fs::read(entry.path()).unwrap());
-    let hub = HubServer::start_as(MODEL, fs::read_dir(example).unwrap().flatten().map(file).collect());
+    let hub = HubServer::start_as(MODEL, fs::read_dir(model.path()).unwrap().flatten().map(file).collect());
     let home = tempfile::tempdir().unwrap();
     for line in blocks("sh hub").join("\n").lines().filter(|line| !line.is_empty()) {
         let arguments =

@@ -1,8 +1,8 @@
 //! GPT-OSS as Burn modules.
 //!
 //! In the order data flows: [`config`] (what `config.json` says), [`rope`], [`attention`], [`router`], [`experts`],
-//! [`layer`], [`gpt_oss`]; then what surrounds the model: [`checkpoint`] (files), `tokenizer`, [`sampling`],
-//! [`generate`] and [`perplexity`].
+//! [`layer`], [`gpt_oss`]; then what surrounds the model: [`checkpoint`] (files), `tokenizer`, `harmony`
+//! (conversations), [`sampling`], [`generate`] and [`perplexity`].
 //!
 //! ```no_run
 //! use ternoss_model::{Checkpoint, GptOss, LoadOptions, StopRules, sampling::{Sampler, SamplingConfig}};
@@ -28,6 +28,8 @@ pub mod config;
 pub mod experts;
 pub mod generate;
 pub mod gpt_oss;
+#[cfg(feature = "tokenizer")]
+pub mod harmony;
 pub mod layer;
 pub mod perplexity;
 pub mod rope;

@@ -76,6 +76,21 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Tokens of a text in which the names of special tokens, such as `<|end|>`, are text like any other.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Encode`]
+    pub fn encode_ordinary(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        if !added.values().any(|token| token.special && text.contains(&token.content)) {
+            return self.encode(text, false);
+        }
+        // Rare enough for a copy, which takes a while.
+        let mut ordinary = self.clone();
+        ordinary.inner.set_encode_special_tokens(true);
+        ordinary.encode(text, false)
+    }
+
     /// Text of tokens; bytes that form no character come out as U+FFFD.
     ///
     /// # Errors

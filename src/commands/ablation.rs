@@ -7,11 +7,11 @@ use clap::Args;
 use serde_json::json;
 use ternoss::{
     Cpu,
-    calib::{Calibration, Method, QuantizeOptions, Steps, quantize},
+    calib::{Method, QuantizeOptions, Steps, quantize},
     model::Checkpoint,
 };
 
-use super::{CALIBRATION, Device, ModelArgs, quantize::with_progress, tokenizer};
+use super::{Device, ModelArgs, calibration::CalibrationArgs, quantize::with_progress, tokenizer};
 
 /// Measure what each step of the quantization is worth
 ///
@@ -30,15 +30,8 @@ pub(crate) struct AblationArgs {
     /// Only its first tokens
     #[arg(long, default_value_t = 16_384)]
     max_tokens: usize,
-    /// UTF-8 text to calibrate on; without it, the one that is part of this program
-    #[arg(long, value_name = "FILE")]
-    calibration: Option<PathBuf>,
-    /// Tokens of the calibration text to use at most
-    #[arg(long, default_value_t = 32_768)]
-    calibration_tokens: usize,
-    /// Tokens the model sees at a time while it is calibrated
-    #[arg(long, default_value_t = 1024)]
-    calibration_context: usize,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -76,12 +69,7 @@ pub(crate) fn run(args: AblationArgs) -> Result<()> {
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(args.max_tokens);
-    let text = match &args.calibration {
-        Some(path) => Calibration::read_text(path)?,
-        None => CALIBRATION.into(),
-    };
-    let text = tokenizer.encode(&text, true)?;
-    let calibration = Calibration::new(&text, args.calibration_context, args.calibration_tokens, checkpoint.config())?;
+    let calibration = args.calibration.windows(&args.model, &checkpoint, None)?;
     if !args.json {
         print_line!("{:<28} {:>12} {:>14} {:>8}", "", "bits/weight", "perplexity", "seconds")?;
     }

@@ -11,12 +11,12 @@ use clap::Args;
 use serde_json::json;
 use ternoss::model::{
     Checkpoint, StopRules,
-    config::GenerationConfig,
+    harmony::{Effort, Harmony},
     sampling::{Sampler, SamplingConfig},
     tokenizer::Tokenizer,
 };
 
-use super::{ModelArgs, token_ids, tokenizer};
+use super::{ModelArgs, chat, stop_tokens, token_ids, tokenizer};
 
 /// Continue a prompt
 #[derive(Args)]
@@ -29,6 +29,13 @@ pub(crate) struct GenerateArgs {
     /// Token ids to continue, as 1,2,3: needs no tokenizer
     #[arg(long, value_name = "IDS", value_parser = TokenIds::parse)]
     tokens: Option<TokenIds>,
+    /// Take the prompt as a user's message, in gpt-oss's notation for conversations, and print the answer; what the model
+    /// thinks goes to stderr
+    #[arg(long, requires = "prompt", conflicts_with_all = ["tokens", "ignore_eos"])]
+    chat: bool,
+    /// How long the model thinks before it answers: low, medium or high
+    #[arg(long, value_name = "EFFORT", default_value = "medium", value_parser = chat::effort, requires = "chat")]
+    reasoning: Effort,
     /// New tokens at most
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
@@ -99,13 +106,17 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
         // Ids need no tokenizer, but one that is there gives their text.
         Some(_) => Tokenizer::from_folder(checkpoint.folder()).ok(),
     };
+    if let (Some(question), Some(tokenizer), true) = (&args.prompt, &tokenizer, args.chat) {
+        return answer(&args, &checkpoint, &Harmony::new(tokenizer)?, question, &mut sampler);
+    }
     let prompt = match (&args.prompt, &args.tokens, &tokenizer) {
         (Some(text), _, Some(tokenizer)) => tokenizer.encode(text, true)?,
         (_, Some(TokenIds(ids)), _) => ids.clone(),
         _ => bail!("there is neither a prompt nor tokens"),
     };
     let model = args.model.load(&checkpoint)?;
-    let rules = StopRules { max_tokens: args.max_tokens, stop_tokens: stop_tokens(&checkpoint, args.ignore_eos)? };
+    let stop_tokens = if args.ignore_eos { Vec::new() } else { stop_tokens(&checkpoint)? };
+    let rules = StopRules { max_tokens: args.max_tokens, stop_tokens };
     let started = Instant::now();
     let mut printer = Printer { stream: tokenizer.as_ref().map(Tokenizer::stream), quiet: args.json, error: None };
     if let (Some(text), false) = (&args.prompt, args.json) {
@@ -120,21 +131,33 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
         }
         print_line!("{object}")?;
     }
-    let rate = (prompt.len() + new.len()) as f64 / started.elapsed().as_secs_f64();
-    tracing::info!("{} prompt tokens, {} new, {rate:.1} tokens/s", prompt.len(), new.len());
+    log_speed(prompt.len(), new.len(), started);
     Ok(())
 }
 
-/// The tokens that end a text: those of `generation_config.json`, or of `config.json` where it names none.
-fn stop_tokens(checkpoint: &Checkpoint, ignore_eos: bool) -> Result<Vec<u32>> {
-    if ignore_eos {
-        return Ok(Vec::new());
-    }
-    let generation = GenerationConfig::from_folder(checkpoint.folder())?;
-    Ok(match generation.eos_token_id.is_empty() {
-        true => checkpoint.config().eos_token_id.clone(),
-        false => generation.eos_token_id,
-    })
+/// Prints what the model answers to a question.
+fn answer(
+    args: &GenerateArgs,
+    checkpoint: &Checkpoint,
+    harmony: &Harmony,
+    question: &str,
+    sampler: &mut Sampler,
+) -> Result<()> {
+    let prompt = chat::prompt(harmony, question, args.reasoning)?;
+    let stop_tokens = [stop_tokens(checkpoint)?.as_slice(), &harmony.stop_tokens()].concat();
+    let rules = StopRules { max_tokens: args.max_tokens, stop_tokens };
+    let model = args.model.load(checkpoint)?;
+    let started = Instant::now();
+    let mut printer = chat::Printer::new(harmony, args.json);
+    let new = model.generate(&prompt, &mut model.new_cache(), sampler, &rules, |token| printer.token(token))?;
+    printer.finish(&new)?;
+    log_speed(prompt.len(), new.len(), started);
+    Ok(())
+}
+
+fn log_speed(prompt: usize, new: usize, started: Instant) {
+    let rate = (prompt + new) as f64 / started.elapsed().as_secs_f64();
+    tracing::info!("{prompt} prompt tokens, {new} new, {rate:.1} tokens/s");
 }
 
 /// Writes tokens to stdout as they come: as text, or as ids where there is no tokenizer.

@@ -8,6 +8,8 @@ macro_rules! print_line {
 }
 
 pub(crate) mod ablation;
+mod calibration;
+mod chat;
 pub(crate) mod demo;
 pub(crate) mod download;
 pub(crate) mod generate;
@@ -24,7 +26,8 @@ use clap::Args;
 use ternoss::{
     Cpu,
     model::{
-        Checkpoint, ExpertPlacement, GptOss, LoadOptions, checkpoint::readable_size as bytes, tokenizer::Tokenizer,
+        Checkpoint, ExpertPlacement, GptOss, LoadOptions, checkpoint::readable_size as bytes, config::GenerationConfig,
+        tokenizer::Tokenizer,
     },
 };
 
@@ -68,6 +71,15 @@ impl ModelArgs {
 /// The tokenizer in a model's folder.
 fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
     Tokenizer::from_folder(checkpoint.folder()).context("this command needs the model's tokenizer")
+}
+
+/// The tokens that end a text: those of `generation_config.json`, or of `config.json` where it names none.
+fn stop_tokens(checkpoint: &Checkpoint) -> Result<Vec<u32>> {
+    let generation = GenerationConfig::from_folder(checkpoint.folder())?;
+    Ok(match generation.eos_token_id.is_empty() {
+        true => checkpoint.config().eos_token_id.clone(),
+        false => generation.eos_token_id,
+    })
 }
 
 /// Parses `1,2,3`.

@@ -1,18 +1,21 @@
 //! `ternoss quantize`
 
-use std::{path::PathBuf, sync::OnceLock};
+use std::{fs, path::PathBuf, sync::OnceLock};
 
 use anyhow::{Result, ensure};
 use clap::Args;
 use ternoss::{
     Cpu,
     backends::CodeFormat,
-    calib::{self, Calibration, Method, QuantizeOptions, Steps, quantize, ternary_weights},
+    calib::{self, Method, QuantizeOptions, Steps, check, quantize, ternary_weights},
     model::Checkpoint,
     quant::{Granularity, TernaryConfig},
 };
 
-use super::{CALIBRATION, Device, ModelArgs, tokenizer};
+use super::{
+    Device, ModelArgs,
+    calibration::{self, CalibrationArgs},
+};
 use crate::progress::{Progress, Unit};
 
 /// Make a model ternary and write it to a folder
@@ -32,16 +35,8 @@ pub(crate) struct QuantizeArgs {
     /// Steps of the method to leave out: rotation, regression, compensation, sweeps, bias, reconstruction
     #[arg(long, value_name = "STEP,..", value_delimiter = ',')]
     without: Vec<String>,
-    /// UTF-8 text to calibrate on, the more like the text the model is for, the better; without it, some novels and
-    /// encyclopedia articles that are part of this program
-    #[arg(long, value_name = "FILE")]
-    calibration: Option<PathBuf>,
-    /// Tokens of the text to use at most
-    #[arg(long, default_value_t = 32_768)]
-    calibration_tokens: usize,
-    /// Tokens the model sees at a time while it is calibrated
-    #[arg(long, default_value_t = 1024)]
-    calibration_context: usize,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     /// Trits a weight is the sum of: 1, 2 or 3
     #[arg(long, default_value_t = 1)]
     planes: usize,
@@ -90,17 +85,23 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     };
     let looks_at_text = options.steps.look_at_text() || options.distill > 0;
     ensure!(
-        looks_at_text || args.calibration.is_none(),
+        looks_at_text || !args.calibration.is_given(),
         "{} with these steps looks at no calibration text",
         args.method
     );
+    check(&checkpoint, &args.output, &options)?;
+    let traces = calibration::traces_file(&args.output);
     let calibration = match looks_at_text {
-        true => Some(calibration(&args, &checkpoint)?),
+        true => Some(args.calibration.windows(&args.model, &checkpoint, Some(&traces))?),
         false => None,
     };
     let report = with_progress("quantize", &checkpoint, &options, |progress| {
         quantize::<Cpu>(&checkpoint, &args.output, &options, calibration.as_ref(), &Device::default(), progress)
     })?;
+    if args.calibration.is_own() {
+        // It is kept only as long as a run may have to go on, and one that stays only takes space.
+        let _ = fs::remove_file(&traces);
+    }
     match args.json {
         true => print_line!("{}", serde_json::to_string_pretty(&report)?)?,
         false => print_line!("{report}")?,
@@ -124,19 +125,4 @@ pub(super) fn with_progress<T>(
             steps.get_or_init(|| Progress::new("distill", options.distill as u64, Unit::Count("steps"))).advance(1);
         }
     })
-}
-
-/// The calibration text as windows of tokens.
-fn calibration(args: &QuantizeArgs, checkpoint: &Checkpoint) -> Result<Calibration> {
-    let text = match &args.calibration {
-        Some(path) => Calibration::read_text(path)?,
-        None => CALIBRATION.into(),
-    };
-    let tokens = tokenizer(checkpoint)?.encode(&text, true)?;
-    let config = checkpoint.config();
-    let calibration = Calibration::new(&tokens, args.calibration_context, args.calibration_tokens, config)?;
-    if let Some(shortage) = calibration.shortage(config) {
-        eprintln!("warning: {shortage}");
-    }
-    Ok(calibration)
 }

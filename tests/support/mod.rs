@@ -68,6 +68,23 @@ pub(crate) fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
+/// Writes the shipped model with gpt-oss's conversation tokens in place of its last six.
+pub(crate) fn chat_model(to: &Path) {
+    copy_folder(&example("tiny-gpt-oss"), to);
+    let file = to.join("tokenizer.json");
+    let mut tokenizer: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    let merges = tokenizer["model"]["merges"].as_array_mut().unwrap();
+    merges.truncate(merges.len() - 6);
+    let marks = ["<|start|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|end|>", "<|call|>"];
+    for (id, mark) in (1018u64..).zip(marks) {
+        tokenizer["model"]["vocab"].as_object_mut().unwrap().retain(|_, known| known.as_u64() != Some(id));
+        let mut added = tokenizer["added_tokens"][2].clone();
+        (added["id"], added["content"]) = (id.into(), mark.into());
+        tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    }
+    fs::write(file, tokenizer.to_string()).unwrap();
+}
+
 /// The tensors of a safetensors file, floats widened and integers as they are.
 pub(crate) struct Golden {
     floats: HashMap<String, (Vec<usize>, Vec<f32>)>,

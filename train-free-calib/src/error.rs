@@ -1,7 +1,7 @@
 //! What can go wrong in a quantization.
 
 use ternoss_backends::FormatError;
-use ternoss_model::CheckpointError;
+use ternoss_model::{CheckpointError, GenerateError};
 
 use crate::{Method, Side};
 
@@ -14,6 +14,9 @@ pub enum CalibError {
     /// The options do not describe a valid layout.
     #[error(transparent)]
     Format(#[from] FormatError),
+    /// The model cannot write the text it would be calibrated on.
+    #[error("the model cannot write its own calibration text: {0}")]
+    Trace(#[from] GenerateError),
     /// The method needs a text and none was given.
     #[error("method {method} needs a calibration text")]
     NoText {

@@ -6,6 +6,7 @@
 //! | file | step |
 //! |---|---|
 //! | `calibration` | the text |
+//! | `traces` | text that the model writes itself |
 //! | `moments` | statistics of every linear's inputs, the target for the student's inputs |
 //! | `levels` | thresholds and scales of a group of weights (stage 1) |
 //! | `compensate` | ternary GPTQ |
@@ -39,6 +40,7 @@ mod solution;
 mod step;
 mod summary;
 mod ternarize;
+mod traces;
 mod tuned;
 
 pub use calibration::{Calibration, Shortage};
@@ -46,5 +48,6 @@ pub use error::CalibError;
 pub use finite::Side;
 pub use levels::MAX_PLANES;
 pub use method::{Method, Steps};
-pub use pipeline::{Progress, QuantizeOptions, quantize, ternary_weights};
+pub use pipeline::{Progress, QuantizeOptions, check, quantize, ternary_weights};
 pub use report::{Distilled, ExpertLoads, HeldOut, LayerReport, MatrixReport, PartBytes, Reconstruction, Report};
+pub use traces::{TraceOptions, Traces};

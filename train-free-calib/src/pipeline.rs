@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use ternoss_backends::{Rotation, TernaryBackend};
 use ternoss_model::{
-    Checkpoint, CheckpointError, GptOss,
+    Checkpoint, GptOss,
     checkpoint::{CONFIG_FILE, ExpertMatrix, FolderWriter, LinearName, fingerprint},
     config::{FORMAT_VERSION, Quantization, TERNOSS, TernaryQuantization},
     perplexity::Comparison,
@@ -105,11 +105,10 @@ pub fn quantize<B: TernaryBackend>(
     device: &B::Device,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Report, CalibError> {
-    check_folders(checkpoint, output)?;
+    check(checkpoint, output, options)?;
     let recipe = recipe(options)?;
     let weights = |weights| progress(Progress::Weights(weights));
     let job = Job::<B> { checkpoint, recipe, device, progress: &weights };
-    job.check_layout()?;
     let calibration = calibration.filter(|_| recipe.steps.look_at_text() || options.distill > 0);
     let settings = settings(checkpoint, &recipe, calibration);
     let Some(calibration) = calibration.filter(|_| options.distill > 0) else {
@@ -119,9 +118,6 @@ pub fn quantize<B: TernaryBackend>(
         return Err(CalibError::NothingHeldOut);
     }
     let undistilled = with_suffix(output, ".undistilled");
-    if output.exists() && !options.overwrite {
-        return Err(CheckpointError::OutputExists { path: output.into() }.into());
-    }
     let finished = Report::read(&undistilled).filter(|report| report.run == fingerprint_of(&settings));
     let report = match finished {
         Some(report) => {
@@ -251,6 +247,16 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or(path.as_os_str()).to_owned();
     name.push(suffix);
     path.with_file_name(name)
+}
+
+/// Refuses what [`quantize`] would refuse before it starts: for callers with long work to do first.
+///
+/// # Errors
+/// [`CalibError`]
+pub fn check(checkpoint: &Checkpoint, output: &Path, options: &QuantizeOptions) -> Result<(), CalibError> {
+    check_folders(checkpoint, output)?;
+    recipe(options)?.check_layout(checkpoint)?;
+    Ok(FolderWriter::check(output, options.overwrite)?)
 }
 
 fn check_folders(checkpoint: &Checkpoint, output: &Path) -> Result<(), CalibError> {

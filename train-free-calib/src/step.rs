@@ -45,21 +45,23 @@ pub(crate) fn activations_file(layers: usize) -> String {
     format!("activations-{layers:05}.bin")
 }
 
-impl<'a, B: TernaryBackend> Job<'a, B> {
+impl Recipe {
     /// Refuses options that no matrix can have, before anything is written.
-    pub(crate) fn check_layout(&self) -> Result<(), FormatError> {
+    pub(crate) fn check_layout(&self, checkpoint: &Checkpoint) -> Result<(), FormatError> {
         TernaryLayout {
-            format: self.recipe.ternary.format,
+            format: self.ternary.format,
             matrices: 1,
-            planes: self.recipe.planes,
+            planes: self.planes,
             rows: 1,
-            in_features: self.checkpoint.config().hidden_size,
-            group_size: self.recipe.ternary.granularity.group_size(),
-            rotation: self.recipe.ternary.rotation,
+            in_features: checkpoint.config().hidden_size,
+            group_size: self.ternary.granularity.group_size(),
+            rotation: self.ternary.rotation,
         }
         .validate()
     }
+}
 
+impl<'a, B: TernaryBackend> Job<'a, B> {
     /// Weight file `step`: what belongs to no layer, then the layers.
     pub(crate) fn step(
         &self,

@@ -136,8 +136,11 @@ impl FolderWriter {
         Ok(writer)
     }
 
-    /// Takes hold of the unfinished folder, whatever is in it.
-    pub(super) fn open(output: &Path, shards: usize, overwrite: bool) -> Result<Self, CheckpointError> {
+    /// Whether a folder may be written to this place, or replace what is there.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutputExists`], [`CheckpointError::NotReplaceable`]
+    pub fn check(output: &Path, overwrite: bool) -> Result<(), CheckpointError> {
         if output.exists() && !overwrite {
             return Err(CheckpointError::OutputExists { path: output.into() });
         }
@@ -149,6 +152,13 @@ impl FolderWriter {
             // A model of somebody who likes that name.
             return Err(CheckpointError::NotReplaceable { path: partial });
         }
+        Ok(())
+    }
+
+    /// Takes hold of the unfinished folder, whatever is in it.
+    pub(super) fn open(output: &Path, shards: usize, overwrite: bool) -> Result<Self, CheckpointError> {
+        Self::check(output, overwrite)?;
+        let partial = Self::partial_of(output);
         fs::create_dir_all(&partial).map_err(|source| CheckpointError::io(&partial, source))?;
         let path = partial.join(LOCK_FILE);
         let lock = File::create(&path).map_err(|source| CheckpointError::io(&path, source))?;
