@@ -12,8 +12,8 @@ use burn_autodiff::{
 };
 
 use crate::{
-    format::{TernaryLayout, TernaryWeight},
-    ops::{StoredMatrix, TernaryBackend},
+    format::{Rotation, TernaryLayout, TernaryWeight},
+    ops::{ScoreView, StoredMatrix, TernaryBackend},
     reference,
 };
 
@@ -53,6 +53,66 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
     fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
         let ids = Tensor::from_primitive(ids.into_primitive());
         Tensor::from_inner(B::stored_rows(&inner_matrix(matrix), ids))
+    }
+
+    fn sink_softmax(scores: Tensor<Self, 3>, sinks: Tensor<Self, 1>, view: ScoreView) -> Tensor<Self, 3> {
+        let (scores, sinks) = (scores.into_primitive().tensor(), sinks.into_primitive().tensor());
+        let shares = unwrap(B::sink_softmax(wrap(scores.primitive), wrap(sinks.primitive), view));
+        wrap(match SinkSoftmax.prepare::<C>([scores.node, sinks.node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((shares.clone(), view.spec.scale), shares),
+            OpsKind::UnTracked(prep) => prep.finish(shares),
+        })
+    }
+
+    fn round_activations(x: Tensor<Self, 2>, rotation: Option<Rotation>) -> Tensor<Self, 2> {
+        let x = x.into_primitive().tensor();
+        let y = unwrap(B::round_activations(wrap(x.primitive), rotation));
+        wrap(match RoundActivations.prepare::<C>([x.node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(rotation, y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        })
+    }
+}
+
+/// The softmax of attention: see [`TernaryBackend::sink_softmax`].
+#[derive(Debug)]
+struct SinkSoftmax;
+
+impl<B: TernaryBackend> Backward<B, 2> for SinkSoftmax {
+    /// The shares, and what the scores were scaled with.
+    type State = (FloatTensor<B>, f32);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let (shares, scale) = ops.state;
+        let gradient = wrap(grads.consume::<B>(&ops.node));
+        let (scores, sinks) = B::sink_softmax_gradient(wrap(shares), gradient, scale);
+        let [scores_node, sinks_node] = ops.parents;
+        if let Some(node) = scores_node {
+            grads.register::<B>(node.id, unwrap(scores));
+        }
+        if let Some(node) = sinks_node {
+            grads.register::<B>(node.id, unwrap(sinks));
+        }
+    }
+}
+
+/// Activations as a kernel sees them: see [`crate::round_activations`].
+#[derive(Debug)]
+struct RoundActivations;
+
+impl<B: TernaryBackend> Backward<B, 1> for RoundActivations {
+    type State = Option<Rotation>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let gradient = grads.consume::<B>(&ops.node);
+        let [node] = ops.parents;
+        if let Some(node) = node {
+            let gradient = match ops.state {
+                Some(rotation) => unwrap(B::rotate_back(wrap(gradient), rotation)),
+                None => gradient,
+            };
+            grads.register::<B>(node.id, gradient);
+        }
     }
 }
 

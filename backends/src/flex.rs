@@ -6,9 +6,9 @@ use burn::tensor::{Element, Int, Tensor};
 use burn_flex::{Flex, FlexTensor};
 
 use crate::{
-    format::TernaryWeight,
+    format::{Rotation, TernaryWeight},
     host::{self, HostBackend},
-    ops::{StoredMatrix, TernaryBackend, TernaryExperts},
+    ops::{ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
 };
 
 impl TernaryBackend for Flex {
@@ -31,6 +31,26 @@ impl TernaryBackend for Flex {
 
     fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
         host::stored_rows(matrix, ids)
+    }
+
+    fn sink_softmax(scores: Tensor<Self, 3>, sinks: Tensor<Self, 1>, view: ScoreView) -> Tensor<Self, 3> {
+        host::sink_softmax(scores, sinks, view)
+    }
+
+    fn sink_softmax_gradient(
+        shares: Tensor<Self, 3>,
+        gradient: Tensor<Self, 3>,
+        scale: f32,
+    ) -> (Tensor<Self, 3>, Tensor<Self, 1>) {
+        host::sink_softmax_gradient(shares, gradient, scale)
+    }
+
+    fn round_activations(x: Tensor<Self, 2>, rotation: Option<Rotation>) -> Tensor<Self, 2> {
+        host::round_activations(x, rotation)
+    }
+
+    fn rotate_back(y: Tensor<Self, 2>, rotation: Rotation) -> Tensor<Self, 2> {
+        host::rotate_back(y, rotation)
     }
 }
 

@@ -9,16 +9,18 @@ use burn::tensor::{
     ops::{FloatTensor, IntTensor},
 };
 
+use rayon::prelude::*;
+
 use crate::{
     cpu::{
-        Kernels, TernaryMatrices,
+        Kernels, TernaryMatrices, attention,
         experts::{self, Experts},
         linear,
         stored::{self, StoredRows},
         tokens::Tokens,
     },
-    format::{FormatError, TernaryLayout, TernaryWeight},
-    ops::{StoredMatrix, TernaryBackend, TernaryExperts},
+    format::{FormatError, Rotation, TernaryLayout, TernaryWeight},
+    ops::{ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
 };
 
 /// A backend whose tensors can be read as slices: borrowed where they are contiguous, copied otherwise.
@@ -128,6 +130,50 @@ pub(crate) fn stored_rows<B: HostBackend>(matrix: &StoredMatrix<B>, ids: Tensor<
         }
     });
     finish(result, out, [ids.len(), matrix.columns()], &device)
+}
+
+/// [`TernaryBackend::sink_softmax`] by the kernels.
+pub(crate) fn sink_softmax<B: HostBackend>(scores: Tensor<B, 3>, sinks: Tensor<B, 1>, view: ScoreView) -> Tensor<B, 3> {
+    let (shape @ [_, queries, keys], device) = (scores.dims(), scores.device());
+    let mut scores = elements(scores);
+    attention::sink_softmax(Kernels::detect(), &mut scores, &elements(sinks), [queries, keys], view);
+    finish(Ok(()), scores, shape, &device)
+}
+
+/// [`TernaryBackend::sink_softmax_gradient`] by the kernels.
+pub(crate) fn sink_softmax_gradient<B: HostBackend>(
+    shares: Tensor<B, 3>,
+    gradient: Tensor<B, 3>,
+    scale: f32,
+) -> (Tensor<B, 3>, Tensor<B, 1>) {
+    let (shape @ [heads, queries, keys], device) = (shares.dims(), shares.device());
+    let (shares, mut gradient) = (primitive(shares), elements(gradient));
+    let kernels = Kernels::detect();
+    let mut sinks =
+        attention::sink_softmax_gradient(kernels, &B::floats(&shares), &mut gradient, [queries, keys], scale);
+    sinks.resize(heads, 0.0);
+    (finish(Ok(()), gradient, shape, &device), finish(Ok(()), sinks, [heads], &device))
+}
+
+/// [`TernaryBackend::round_activations`] by the kernels.
+pub(crate) fn round_activations<B: HostBackend>(x: Tensor<B, 2>, rotation: Option<Rotation>) -> Tensor<B, 2> {
+    let (shape, device) = (x.dims(), x.device());
+    let mut x = elements(x);
+    attention::round_tokens(Kernels::detect(), &mut x, shape[1], rotation);
+    finish(Ok(()), x, shape, &device)
+}
+
+/// [`TernaryBackend::rotate_back`] on the host.
+pub(crate) fn rotate_back<B: HostBackend>(y: Tensor<B, 2>, rotation: Rotation) -> Tensor<B, 2> {
+    let (shape, device) = (y.dims(), y.device());
+    let mut y = elements(y);
+    y.par_chunks_exact_mut(shape[1].max(1)).for_each(|y| rotation.rotate_back(y));
+    finish(Ok(()), y, shape, &device)
+}
+
+/// The elements of a tensor, without a copy where nobody else has it.
+fn elements<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+    tensor.into_data().into_vec().unwrap_or_default()
 }
 
 /// The output as a tensor. The parts have been checked when they were put together, so an error can only mean that

@@ -32,6 +32,6 @@ pub mod reference;
 pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 pub use mapped::{MappedError, MappedFile};
 pub use ops::{
-    AttentionSpec, ClampedSwiGlu, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts, sink_attention,
-    stored_linear, stored_rows, ternary_experts, ternary_linear,
+    AttentionSpec, ClampedSwiGlu, ScoreView, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts,
+    round_activations, sink_attention, stored_linear, stored_rows, ternary_experts, ternary_linear,
 };

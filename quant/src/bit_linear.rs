@@ -6,7 +6,7 @@ use burn::{
     nn,
     tensor::{Tensor, backend::Backend},
 };
-use ternoss_backends::{FormatError, TernaryBackend, reference::rotate, ternary_linear};
+use ternoss_backends::{FormatError, TernaryBackend, reference::rotate, round_activations, ternary_linear};
 
 use crate::{PackedTernary, TernaryConfig, TernaryTensor, absmax, absmean};
 
@@ -161,16 +161,12 @@ impl<B: TernaryBackend> BitLinear<B> {
         let y = match &self.weight {
             BitWeight::Latent(latent) => {
                 let weight = latent.fake_quantize().transpose();
-                let x = match latent.config.rotation {
-                    Some(rotation) => {
-                        let shape = x.dims();
-                        let in_features = shape[D - 1];
-                        let tokens = shape.iter().product::<usize>() / in_features;
-                        rotate(x.reshape([tokens, in_features]), rotation).reshape(shape)
-                    }
-                    None => x,
-                };
-                absmax::fake_quantize(x).matmul(weight.unsqueeze())
+                let mut shape = x.dims();
+                let [in_features, out_features] = weight.dims();
+                let tokens = shape.iter().product::<usize>() / in_features;
+                let x = round_activations(x.reshape([tokens, in_features]), latent.config.rotation);
+                shape[D - 1] = out_features;
+                x.matmul(weight).reshape(shape)
             }
             BitWeight::Packed(packed) => ternary_linear(x, &packed.weight(), 0),
         };

@@ -69,7 +69,7 @@ pub(crate) fn run(args: AblationArgs) -> Result<()> {
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(args.max_tokens);
-    let calibration = args.calibration.windows(&args.model, &checkpoint, None)?;
+    let calibration = args.calibration.windows(&args.model, &checkpoint, None, 0)?;
     if !args.json {
         print_line!("{:<28} {:>12} {:>14} {:>8}", "", "bits/weight", "perplexity", "seconds")?;
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 use ternoss::{
-    calib::{CalibError, Calibration, TraceOptions, Traces},
+    calib::{CalibError, Calibration, TraceOptions, Traces, WINDOWS_PER_STEP},
     model::{
         Checkpoint,
         harmony::{Analysis, Effort, Harmony, Message, System},
@@ -55,12 +55,13 @@ impl CalibrationArgs {
         self.calibration.as_ref().is_some_and(|path| path.as_os_str() == OWN)
     }
 
-    /// The text as windows of tokens. What the model writes itself is kept in `traces`, so that it is written once.
+    /// The text as windows of tokens, more of them for `distill` steps of distillation. What the model writes itself is kept in `traces`, so that it is written once.
     pub(crate) fn windows(
         &self,
         model: &ModelArgs,
         checkpoint: &Checkpoint,
         traces: Option<&Path>,
+        distill: usize,
     ) -> Result<Calibration> {
         let tokenizer = tokenizer(checkpoint)?;
         let text = |text: &str| Ok(tokenizer.encode(text, true)?);
@@ -70,7 +71,9 @@ impl CalibrationArgs {
             Some(path) => text(&Calibration::read_text(path)?),
         };
         let config = checkpoint.config();
-        let calibration = Calibration::new(&tokens?, self.calibration_context, self.calibration_tokens, config)?;
+        let tokens = tokens?;
+        let calibration = Calibration::new(&tokens, self.calibration_context, self.calibration_tokens, config)?
+            .with_fresh(&tokens, distill * WINDOWS_PER_STEP);
         if let Some(shortage) = calibration.shortage(config) {
             eprintln!("warning: {shortage}");
         }

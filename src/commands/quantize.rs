@@ -92,7 +92,7 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     check(&checkpoint, &args.output, &options)?;
     let traces = calibration::traces_file(&args.output);
     let calibration = match looks_at_text {
-        true => Some(args.calibration.windows(&args.model, &checkpoint, Some(&traces))?),
+        true => Some(args.calibration.windows(&args.model, &checkpoint, Some(&traces), options.distill)?),
         false => None,
     };
     let report = with_progress("quantize", &checkpoint, &options, |progress| {

@@ -14,6 +14,7 @@ const WINDOWS_PER_HELD_OUT: usize = 16;
 pub struct Calibration {
     windows: Vec<Vec<u32>>,
     calibrated: usize,
+    fresh: Vec<Vec<u32>>,
 }
 
 impl Calibration {
@@ -54,7 +55,16 @@ impl Calibration {
         let windows = tokens.chunks_exact(context).take(wanted + held_out).map(<[u32]>::to_vec);
         let windows: Vec<_> = windows.collect();
         let calibrated = windows.len().saturating_sub(held_out).max(1);
-        if wanted == 0 { Err(short) } else { Ok(Self { windows, calibrated }) }
+        if wanted == 0 { Err(short) } else { Ok(Self { windows, calibrated, fresh: Vec::new() }) }
+    }
+
+    /// With up to `count` more windows of the same text, `tokens`, for distillation: what was calibrated on is known too
+    /// well to learn from.
+    #[must_use]
+    pub fn with_fresh(mut self, tokens: &[u32], count: usize) -> Self {
+        let fresh = tokens.chunks_exact(self.context()).skip(self.windows.len()).take(count);
+        self.fresh = fresh.map(<[u32]>::to_vec).collect();
+        self
     }
 
     /// A number that another text would not have.
@@ -82,6 +92,11 @@ impl Calibration {
     /// How many of the windows are calibrated on; the others are held out.
     pub fn calibrated(&self) -> usize {
         self.calibrated
+    }
+
+    /// The windows that distillation learns from: fresh ones, or where the text has no more, those calibrated on.
+    pub fn distilled(&self) -> &[Vec<u32>] {
+        if self.fresh.is_empty() { &self.windows[..self.calibrated] } else { &self.fresh }
     }
 
     /// The windows that are only measured on; there is none where the text has one window.

@@ -13,6 +13,7 @@ use burn::{
     tensor::{Tensor, TensorData, activation::log_softmax},
 };
 use burn_autodiff::Autodiff;
+use rayon::prelude::*;
 use ternoss_backends::TernaryBackend;
 use ternoss_model::{
     Checkpoint, ExpertPlacement, GptOss, LoadOptions,
@@ -26,14 +27,14 @@ use ternoss_model::{
 
 use crate::{
     CalibError, Calibration,
-    layer::{Activations, TernaryLayer},
+    layer::{TernaryLayer, add_rows},
     report::HeldOut,
     solution::host,
     tuned::{Tuned, TunedLayer},
 };
 
 /// Windows whose gradients make a step.
-const WINDOWS_PER_STEP: usize = 2;
+pub const WINDOWS_PER_STEP: usize = 2;
 
 /// Peak learning rate, in units of what is tuned: a scale moves by this share of itself in a step.
 const LEARNING_RATE: f64 = 2e-3;
@@ -53,6 +54,8 @@ pub(crate) struct Distillation<'a, B: TernaryBackend> {
     norm: RmsNorm<B>,
     tuned_norm: Tuned<B>,
     rope: RotaryEmbedding,
+    /// The windows that are learned from, then those that are held out.
+    texts: Vec<&'a [u32]>,
     /// What the full-precision model's output layer sees, one tensor a window.
     targets: Vec<Tensor<B, 2>>,
 }
@@ -87,12 +90,18 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let tables = rope.tables(0..calibration.context(), device);
         let windows = (0..config.num_hidden_layers()).map(|layer| config.window(layer)).collect::<Vec<_>>();
         let options = LoadOptions { experts: ExpertPlacement::Streamed };
-        let Activations { teacher: mut targets, .. } = Activations::<B>::embed(teacher, calibration, device)?;
+        let texts: Vec<_> = calibration.distilled().iter().chain(calibration.held_out()).map(Vec::as_slice).collect();
+        let embedding = Table::<B>::embedding(teacher, device)?;
+        let mut targets: Vec<_> = texts.iter().map(|text| embed(&embedding, text, device)).collect();
         for (number, window) in windows.iter().enumerate() {
             let layer = Layer::<B>::load(teacher, number, options, device)?;
-            for x in &mut targets {
-                *x = layer.forward(x.clone(), &tables, &mut LayerCache::new(*window));
-            }
+            targets.par_iter_mut().for_each(|x| {
+                let normed = layer.input_layernorm.forward(x.clone());
+                *x = x.clone() + layer.self_attn.forward(normed, &tables, &mut LayerCache::new(*window));
+            });
+            // All windows at once, so that every expert is decoded once.
+            let normed = targets.iter().map(|x| layer.post_attention_layernorm.forward(x.clone())).collect();
+            add_rows(&mut targets, layer.mlp.forward(Tensor::cat(normed, 0)));
         }
         let [full, ternary] = [teacher, student].map(|checkpoint| GptOss::<B>::load(checkpoint, options, device));
         let (full, ternary) = (full?, ternary?);
@@ -108,6 +117,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
             tuned_norm: Tuned::vector(ternary.norm.gamma.val()),
             norm: ternary.norm,
             rope,
+            texts,
             targets,
         })
     }
@@ -118,7 +128,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         for step in 0..steps {
             let first = step * WINDOWS_PER_STEP;
             let batch: Vec<usize> =
-                (first..first + WINDOWS_PER_STEP).map(|w| w % self.calibration.calibrated()).collect();
+                (first..first + WINDOWS_PER_STEP).map(|w| w % self.calibration.distilled().len()).collect();
             progress(self.step(&batch, LEARNING_RATE * learning_rate(step, steps))?);
         }
         let after = self.held_out()?;
@@ -155,7 +165,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
     }
 
     fn embed(&self, batch: &[usize]) -> Vec<Tensor<B, 2>> {
-        batch.iter().map(|window| embed(&self.embedding, &self.calibration.windows()[*window], self.device)).collect()
+        batch.iter().map(|window| embed(&self.embedding, self.texts[*window], self.device)).collect()
     }
 
     fn forward(&self, layer: &Layer<B>, number: usize, x: Tensor<B, 2>, rope: &RotaryTables<B>) -> Tensor<B, 2> {
@@ -197,7 +207,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
     /// Measures the model, packed, on the held-out windows.
     fn held_out(&self) -> Result<HeldOut, CalibError> {
         let rope = self.rope.tables(0..self.calibration.context(), self.device);
-        let held_out = self.calibration.calibrated()..self.calibration.windows().len();
+        let held_out = self.calibration.distilled().len()..self.texts.len();
         let mut streams = self.embed(&held_out.clone().collect::<Vec<_>>());
         for (number, layer) in self.layers.iter().enumerate() {
             let layer = layer.harden()?.layer;
@@ -210,8 +220,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let mut sum = Comparison::default();
         for (window, x) in held_out.zip(streams) {
             let target = self.targets[window].clone();
-            let tokens = &self.calibration.windows()[window];
-            sum.add((&self.heads[1], norm.forward(x)), (&self.heads[0], target), tokens);
+            sum.add((&self.heads[1], norm.forward(x)), (&self.heads[0], target), self.texts[window]);
         }
         Ok(HeldOut::new(&sum, self.calibration.held_out().len() * self.calibration.context()))
     }

@@ -5,7 +5,7 @@ use burn::{
     tensor::{IndexingUpdateOp, Int, Tensor, TensorData},
 };
 use rayon::prelude::*;
-use ternoss_backends::{ClampedSwiGlu, TernaryBackend, TernaryWeight, reference::clamped_swiglu};
+use ternoss_backends::{ClampedSwiGlu, TernaryBackend, TernaryWeight, reference::clamped_swiglu, round_activations};
 use ternoss_model::{
     Checkpoint, ExpertPlacement, LoadOptions,
     cache::LayerCache,
@@ -16,7 +16,7 @@ use ternoss_model::{
     router::Routing,
     table::Table,
 };
-use ternoss_quant::{BitLinear, BitWeight, Linear, PackedTernary, TernaryTensor, absmax::fake_quantize};
+use ternoss_quant::{BitLinear, BitWeight, Linear, PackedTernary, TernaryTensor};
 
 use crate::{
     CalibError, Calibration,
@@ -445,7 +445,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
 
     /// An input as a ternary layer's kernel sees it: rotated, rounded to int8.
     fn seen(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        fake_quantize(self.rotated(x))
+        round_activations(x, self.recipe.ternary.rotation)
     }
 
     fn rotated(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
@@ -486,7 +486,7 @@ struct MadeExpert<B: TernaryBackend> {
 }
 
 /// Adds the rows of `output` to the windows, in order.
-fn add_rows<B: TernaryBackend>(windows: &mut [Tensor<B, 2>], output: Tensor<B, 2>) {
+pub(crate) fn add_rows<B: TernaryBackend>(windows: &mut [Tensor<B, 2>], output: Tensor<B, 2>) {
     let mut first = 0;
     for window in windows {
         let tokens = window.dims()[0];

@@ -44,6 +44,7 @@ mod traces;
 mod tuned;
 
 pub use calibration::{Calibration, Shortage};
+pub use distill::WINDOWS_PER_STEP;
 pub use error::CalibError;
 pub use finite::Side;
 pub use levels::MAX_PLANES;

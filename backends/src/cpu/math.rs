@@ -8,6 +8,9 @@ use crate::{
     ops::ClampedSwiGlu,
 };
 
+/// Numbers that are added up side by side.
+const LANES: usize = 16;
+
 /// 1.5 * 2^23: adding it rounds a small float to an integer, halves to even, that then stands in the low bits.
 const ROUND: f32 = 12_582_912.0;
 /// Bits of the smallest value that is not finite, sign aside.
@@ -64,6 +67,61 @@ pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]
         let up = if up < -limit { -limit } else { up };
         *out = (up + 1.0) * gate * (1.0 / (1.0 + exp(-(alpha * gate))));
     }
+}
+
+/// One token rotated where there is a rotation, rounded to int8 and back to floats.
+#[inline(always)]
+pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
+    if let Some(rotation) = rotation {
+        rotation.rotate(x);
+    }
+    let largest = x.iter().fold(0u32, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
+    let scale = f32::from_bits(largest) / QMAX;
+    match largest >= INFINITY_BITS {
+        true => x.fill(f32::NAN),
+        false if scale == 0.0 => x.fill(0.0),
+        false => x.iter_mut().for_each(|x| *x = (((*x / scale).clamp(-QMAX, QMAX) + ROUND) - ROUND) * scale),
+    }
+}
+
+/// The softmax over one query's scores that are seen, and a sink.
+#[inline(always)]
+pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
+    let mut top = [sink; LANES];
+    let largest = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
+    for scores in scores.chunks_mut(LANES) {
+        for (score, top) in scores.iter_mut().zip(&mut top) {
+            *score *= scale;
+            *top = largest(*score, *top);
+        }
+    }
+    let top = top.into_iter().fold(sink, largest);
+    let mut sums = [0.0f32; LANES];
+    for scores in scores.chunks_mut(LANES) {
+        for (score, sum) in scores.iter_mut().zip(&mut sums) {
+            *score = exp(*score - top);
+            *sum += *score;
+        }
+    }
+    let total = sums.iter().sum::<f32>() + exp(sink - top);
+    scores.iter_mut().for_each(|score| *score /= total);
+}
+
+/// The gradient of one query's scores, in the place of `gradient`; returns that of the sink.
+#[inline(always)]
+pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
+    let (mut sums, mut means) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for (shares, gradient) in shares.chunks(LANES).zip(gradient.chunks(LANES)) {
+        for (((share, gradient), sum), mean) in shares.iter().zip(gradient).zip(&mut sums).zip(&mut means) {
+            *sum += share;
+            *mean += share * gradient;
+        }
+    }
+    let (sum, mean) = (sums.iter().sum::<f32>(), means.iter().sum::<f32>());
+    for (gradient, share) in gradient.iter_mut().zip(shares) {
+        *gradient = (*gradient - mean) * share * scale;
+    }
+    (sum - 1.0) * mean
 }
 
 /// e^x within 2 units in the last place, of plain operations only. Below -87 it goes to zero, above 88 to infinity.

@@ -7,8 +7,10 @@
 //! - [`tokens`]: activations to int8, in the order the kernels read them;
 //! - [`linear`]: ternary products over rows and tokens, on several threads;
 //! - [`experts`]: the routed feed-forward block;
+//! - [`attention`]: the softmax of attention;
 //! - [`stored`]: products with matrices kept in their checkpoint's float type.
 
+pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 pub mod experts;
@@ -139,6 +141,21 @@ impl Kernels {
     /// The gate over one token: `gate_up` holds gate and up in turn and is twice as long as `out`.
     fn swiglu(self, activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
         dispatch!(self, swiglu(activation, gate_up, out));
+    }
+
+    /// One token as a ternary kernel sees it, in floats.
+    fn round_token(self, x: &mut [f32], rotation: Option<Rotation>) {
+        dispatch!(self, round_token(x, rotation));
+    }
+
+    /// The softmax over one query's scores and a sink: see [`attention`].
+    fn sink_softmax(self, scores: &mut [f32], scale: f32, sink: f32) {
+        dispatch!(self, sink_softmax(scores, scale, sink));
+    }
+
+    /// Its gradient in the place of `gradient`; returns that of the sink.
+    fn sink_softmax_gradient(self, shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
+        dispatch!(self, sink_softmax_gradient(shares, gradient, scale))
     }
 
     /// `out[row * tokens + token]`: stored rows times tokens that are zero-padded to whole [`stored::LANES`].

@@ -128,6 +128,21 @@ pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]
 }
 
 #[target_feature(enable = "neon")]
+pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
+    math::round_token(x, rotation);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
+    math::sink_softmax(scores, scale, sink);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
+    math::sink_softmax_gradient(shares, gradient, scale)
+}
+
+#[target_feature(enable = "neon")]
 pub(super) fn stored_dots(float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {
     debug_assert!(tokens.len() <= KERNEL_TOKENS);
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(tokens.len().max(1))) {

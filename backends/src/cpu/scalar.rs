@@ -51,6 +51,18 @@ pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]
     math::swiglu(activation, gate_up, out);
 }
 
+pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
+    math::round_token(x, rotation);
+}
+
+pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
+    math::sink_softmax(scores, scale, sink);
+}
+
+pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
+    math::sink_softmax_gradient(shares, gradient, scale)
+}
+
 pub(super) fn stored_dots(float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(tokens.len().max(1))) {
         for (token, out) in tokens.iter().zip(out) {

@@ -62,6 +62,24 @@ impl Rotation {
     }
 }
 
+impl Rotation {
+    /// The other way round: [`rotate`](Self::rotate) undone, and the gradient of a rotated token.
+    pub fn rotate_back(self, y: &mut [f32]) {
+        let width = Self::width(y.len());
+        let factor = (width as f32).sqrt().recip();
+        for (block, y) in y.chunks_mut(BLOCK).enumerate() {
+            match <&mut [f32; BLOCK]>::try_from(&mut *y) {
+                Ok(y) if width == BLOCK => butterflies(y, BLOCK),
+                _ => y.chunks_mut(width).for_each(|y| butterflies(y, width)),
+            }
+            let signs = self.signs(block);
+            for (i, y) in y.iter_mut().enumerate() {
+                *y *= if signs >> i & 1 == 1 { -factor } else { factor };
+            }
+        }
+    }
+}
+
 /// The unnormalized Walsh-Hadamard transform of one run.
 #[inline(always)]
 fn butterflies(x: &mut [f32], width: usize) {

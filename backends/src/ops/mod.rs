@@ -6,12 +6,17 @@
 mod experts;
 mod stored;
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
 pub use experts::{ClampedSwiGlu, TernaryExperts};
 pub use stored::{StoredFloat, StoredMatrix};
 
-use crate::{format::TernaryWeight, reference};
+use crate::{
+    format::{Rotation, TernaryWeight},
+    reference,
+};
 
 /// How queries see keys in [`sink_attention`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,6 +25,28 @@ pub struct AttentionSpec {
     pub scale: f32,
     /// How many positions a query sees, itself included; `None` for all that came before.
     pub window: Option<usize>,
+}
+
+/// Which queries and keys a block of scores is of.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ScoreView {
+    /// How queries see keys.
+    pub spec: AttentionSpec,
+    /// Position of the first query.
+    pub query: usize,
+    /// Position of the first key.
+    pub key: usize,
+}
+
+impl ScoreView {
+    /// The keys of the block, of `keys` there are, that the block's query number `query` sees.
+    #[must_use]
+    pub fn seen(&self, query: usize, keys: usize) -> Range<usize> {
+        let position = self.query + query;
+        let end = (position + 1).saturating_sub(self.key).min(keys);
+        let start = self.spec.window.map_or(0, |window| (position + 1).saturating_sub(window + self.key));
+        start.min(end)..end
+    }
 }
 
 /// A Burn backend that can run the operations of this crate.
@@ -66,8 +93,45 @@ pub trait TernaryBackend: Backend {
         sinks: Tensor<Self, 1>,
         spec: AttentionSpec,
     ) -> Tensor<Self, 2> {
-        reference::sink_attention(q, k, v, sinks, spec)
+        reference::attention_by(q, k, v, sinks, spec, Self::sink_softmax)
     }
+
+    /// The softmax of [`sink_attention`]: `scores [heads, queries, keys]`, not scaled yet, and `sinks [heads]` to shares
+    /// `[heads, queries, keys]`, zero for keys that a query does not see. The sink's own share is what is missing to 1.
+    #[must_use]
+    fn sink_softmax(scores: Tensor<Self, 3>, sinks: Tensor<Self, 1>, view: ScoreView) -> Tensor<Self, 3> {
+        reference::sink_softmax(scores, sinks, view)
+    }
+
+    /// The gradients of [`sink_softmax`](Self::sink_softmax): see [`reference::sink_softmax_gradient`].
+    #[must_use]
+    fn sink_softmax_gradient(
+        shares: Tensor<Self, 3>,
+        gradient: Tensor<Self, 3>,
+        scale: f32,
+    ) -> (Tensor<Self, 3>, Tensor<Self, 1>) {
+        reference::sink_softmax_gradient(shares, gradient, scale)
+    }
+
+    /// See [`round_activations`].
+    #[must_use]
+    fn round_activations(x: Tensor<Self, 2>, rotation: Option<Rotation>) -> Tensor<Self, 2> {
+        reference::round_activations(x, rotation)
+    }
+
+    /// See [`reference::rotate_back`].
+    #[must_use]
+    fn rotate_back(y: Tensor<Self, 2>, rotation: Rotation) -> Tensor<Self, 2> {
+        reference::rotate_back(y, rotation)
+    }
+}
+
+/// Activations as a ternary kernel sees them: `x [tokens, in_features]` rotated where there is a rotation, and rounded to
+/// int8 as in [`ternary_linear`], back in floats: `q * s`. The rounding counts as the identity for gradients.
+#[must_use]
+pub fn round_activations<B: TernaryBackend>(x: Tensor<B, 2>, rotation: Option<Rotation>) -> Tensor<B, 2> {
+    let dtype = x.dtype();
+    restore(B::round_activations(single(x), rotation), dtype)
 }
 
 /// A ternary linear layer without bias: `x [.., in_features]` times matrix `matrix` of `weight`, `[.., rows]`.

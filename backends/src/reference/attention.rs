@@ -2,18 +2,18 @@ use std::ops::Range;
 
 use burn::tensor::{Bool, Tensor, TensorData, backend::Backend};
 
-use crate::ops::AttentionSpec;
+use crate::ops::{AttentionSpec, ScoreView};
 
 /// Scores that are held at a time: 64 MiB of `f32`.
 const MAX_SCORES: usize = 16 << 20;
+
+/// Softmax over scores: [`sink_softmax`], or a kernel that gives the same.
+pub(crate) type Softmax<B> = fn(Tensor<B, 3>, Tensor<B, 1>, ScoreView) -> Tensor<B, 3>;
 
 /// Fewest queries worth a pass of their own under a short window.
 const MIN_CHUNK: usize = 64;
 
 /// [`sink_attention`](crate::sink_attention) with Burn's operations.
-///
-/// The queries of one key head are stacked, so keys and values are never repeated; queries are cut into chunks, so that
-/// the scores stay below 16 M numbers, and each chunk takes only the keys that its windows reach.
 #[must_use]
 pub fn sink_attention<B: Backend>(
     q: Tensor<B, 3>,
@@ -22,6 +22,21 @@ pub fn sink_attention<B: Backend>(
     sinks: Tensor<B, 1>,
     spec: AttentionSpec,
 ) -> Tensor<B, 2> {
+    attention_by(q, k, v, sinks, spec, sink_softmax)
+}
+
+/// Attention with Burn's matrix products and a softmax to choose.
+///
+/// The queries of one key head are stacked, so keys and values are never repeated; queries are cut into chunks, so that
+/// the scores stay below 16 M numbers, and each chunk takes only the keys that its windows reach.
+pub(crate) fn attention_by<B: Backend>(
+    q: Tensor<B, 3>,
+    k: Tensor<B, 3>,
+    v: Tensor<B, 3>,
+    sinks: Tensor<B, 1>,
+    spec: AttentionSpec,
+    softmax: Softmax<B>,
+) -> Tensor<B, 2> {
     let [heads, queries, size] = q.dims();
     let [kv_heads, keys, _] = k.dims();
     let group = heads / kv_heads;
@@ -29,45 +44,55 @@ pub fn sink_attention<B: Backend>(
         return Tensor::zeros([0, heads * size], &q.device());
     }
     let q = q.reshape([kv_heads, group, queries, size]);
-    let sinks = sinks.reshape([kv_heads, group, 1, 1]);
     let step = chunk_of_queries(heads, queries, keys, spec.window);
     let chunks = (0..queries).step_by(step).map(|start| {
         let chunk = start..(start + step).min(queries);
+        let n = chunk.len();
         let seen = seen_keys(&chunk, keys - queries, spec.window);
-        let q = q.clone().slice([0..kv_heads, 0..group, chunk.clone(), 0..size]);
+        let (m, view) = (seen.len(), ScoreView { spec, query: keys - queries + start, key: seen.start });
+        let q = q.clone().slice([0..kv_heads, 0..group, chunk, 0..size]).reshape([kv_heads, group * n, size]);
         let k = k.clone().slice([0..kv_heads, seen.clone()]);
-        let v = v.clone().slice([0..kv_heads, seen.clone()]);
-        let hidden = hidden_keys(&chunk, &seen, keys - queries, spec.window, &q.device());
-        attend(q, k, v, sinks.clone(), hidden, spec.scale)
+        let v = v.clone().slice([0..kv_heads, seen]);
+        let shares = softmax(q.matmul(k.transpose()).reshape([heads, n, m]), sinks.clone(), view);
+        let mixed = shares.reshape([kv_heads, group * n, m]).matmul(v);
+        mixed.reshape([heads, n, size]).swap_dims(0, 1).reshape([n, heads * size])
     });
     Tensor::cat(chunks.collect(), 0)
 }
 
-/// One chunk: `q [kv_heads, group, n, d]`, `k` and `v` `[kv_heads, m, d]`, to `[n, heads * d]`.
-fn attend<B: Backend>(
-    q: Tensor<B, 4>,
-    k: Tensor<B, 3>,
-    v: Tensor<B, 3>,
-    sinks: Tensor<B, 4>,
-    hidden: Option<Tensor<B, 2, Bool>>,
-    scale: f32,
-) -> Tensor<B, 2> {
-    let [kv_heads, group, n, size] = q.dims();
-    let m = k.dims()[1];
-    let scores = q.reshape([kv_heads, group * n, size]).matmul(k.transpose()) * scale;
-    let mut scores = scores.reshape([kv_heads, group, n, m]);
-    if let Some(hidden) = hidden {
-        let hidden = hidden.reshape([1, 1, n, m]).expand([kv_heads, group, n, m]);
-        scores = scores.mask_fill(hidden, f32::NEG_INFINITY);
+/// [`sink_softmax`](crate::TernaryBackend::sink_softmax) with Burn's operations.
+#[must_use]
+pub fn sink_softmax<B: Backend>(scores: Tensor<B, 3>, sinks: Tensor<B, 1>, view: ScoreView) -> Tensor<B, 3> {
+    let [heads, n, m] = scores.dims();
+    let mut scores = scores * view.spec.scale;
+    if let Some(hidden) = hidden_keys(n, m, view, &scores.device()) {
+        scores = scores.mask_fill(hidden.reshape([1, n, m]).expand([heads, n, m]), f32::NEG_INFINITY);
     }
-    // The softmax over the scores and the sink; the sink only adds to the denominator.
-    let top = scores.clone().detach().max_dim(3);
-    let top = top.max_pair(sinks.clone().detach().expand([kv_heads, group, n, 1]));
+    let sinks = sinks.reshape([heads, 1, 1]);
+    // The sink only adds to the denominator.
+    let top = scores.clone().detach().max_dim(2);
+    let top = top.max_pair(sinks.clone().detach().expand([heads, n, 1]));
     let shares = (scores - top.clone()).exp();
-    let total = shares.clone().sum_dim(3) + (sinks - top).exp();
-    let mixed = shares.reshape([kv_heads, group * n, m]).matmul(v);
-    let mixed = mixed.reshape([kv_heads, group, n, size]) / total;
-    mixed.reshape([kv_heads * group, n, size]).swap_dims(0, 1).reshape([n, kv_heads * group * size])
+    let total = shares.clone().sum_dim(2) + (sinks - top).exp();
+    shares / total
+}
+
+/// What [`sink_softmax`] says of its arguments: from the shares it gave and the gradient of those, both
+/// `[heads, queries, keys]`, the gradients of the scores and of the sinks.
+///
+/// With `r = sum over keys of share * gradient`: `scale * share * (gradient - r)` for a score, and minus the sum over
+/// queries of `(1 - sum of shares) * r` for a sink.
+#[must_use]
+pub fn sink_softmax_gradient<B: Backend>(
+    shares: Tensor<B, 3>,
+    gradient: Tensor<B, 3>,
+    scale: f32,
+) -> (Tensor<B, 3>, Tensor<B, 1>) {
+    let heads = shares.dims()[0];
+    let mean = (shares.clone() * gradient.clone()).sum_dim(2);
+    let sink = shares.clone().sum_dim(2) - 1.0;
+    let sinks = (sink * mean.clone()).sum_dim(1).reshape([heads]);
+    ((gradient - mean) * shares * scale, sinks)
 }
 
 /// How many queries to take at a time.
@@ -89,21 +114,12 @@ fn seen_keys(chunk: &Range<usize>, before: usize, window: Option<usize>) -> Rang
     first..before + chunk.end
 }
 
-/// Which of those keys each query must not see, `[n, m]`; `None` if every query sees all of them.
-fn hidden_keys<B: Backend>(
-    chunk: &Range<usize>,
-    seen: &Range<usize>,
-    before: usize,
-    window: Option<usize>,
-    device: &B::Device,
-) -> Option<Tensor<B, 2, Bool>> {
-    if chunk.len() == 1 {
+/// Which keys each query must not see, `[n, m]`; `None` if every query sees all of them.
+fn hidden_keys<B: Backend>(n: usize, m: usize, view: ScoreView, device: &B::Device) -> Option<Tensor<B, 2, Bool>> {
+    let seen: Vec<_> = (0..n).map(|query| view.seen(query, m)).collect();
+    if seen.iter().all(|seen| *seen == (0..m)) {
         return None;
     }
-    let hides = |query: usize, key: usize| {
-        let position = before + query;
-        key > position || window.is_some_and(|window| key + window <= position)
-    };
-    let mask: Vec<bool> = chunk.clone().flat_map(|query| seen.clone().map(move |key| hides(query, key))).collect();
-    Some(Tensor::from_data(TensorData::new(mask, [chunk.len(), seen.len()]), device))
+    let mask: Vec<bool> = seen.iter().flat_map(|seen| (0..m).map(|key| !seen.contains(&key))).collect();
+    Some(Tensor::from_data(TensorData::new(mask, [n, m]), device))
 }

@@ -45,6 +45,15 @@ pub fn fake_quantize<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
     x.clone() + (rounded - x.detach())
 }
 
+/// [`round_activations`](crate::round_activations) with Burn's operations.
+#[must_use]
+pub fn round_activations<B: Backend>(x: Tensor<B, 2>, rotation: Option<Rotation>) -> Tensor<B, 2> {
+    fake_quantize(match rotation {
+        Some(rotation) => rotate(x, rotation),
+        None => x,
+    })
+}
+
 /// Each token of `x [tokens, in_features]` rotated, with the bits of [`Rotation::rotate`].
 #[must_use]
 pub fn rotate<B: Backend>(x: Tensor<B, 2>, rotation: Rotation) -> Tensor<B, 2> {

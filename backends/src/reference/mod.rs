@@ -6,7 +6,8 @@ mod experts;
 mod linear;
 mod stored;
 
-pub use attention::sink_attention;
+pub(crate) use attention::attention_by;
+pub use attention::{sink_attention, sink_softmax, sink_softmax_gradient};
 pub use experts::{clamped_swiglu, ternary_experts};
-pub use linear::{fake_quantize, magnitude, rotate, rotate_back, ternary_linear};
+pub use linear::{fake_quantize, magnitude, rotate, rotate_back, round_activations, ternary_linear};
 pub use stored::{stored_linear, stored_linear_transposed, stored_rows};

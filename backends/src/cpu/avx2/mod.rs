@@ -24,3 +24,18 @@ pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [P
 pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
     math::swiglu(activation, gate_up, out);
 }
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
+    math::round_token(x, rotation);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
+    math::sink_softmax(scores, scale, sink);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
+    math::sink_softmax_gradient(shares, gradient, scale)
+}
