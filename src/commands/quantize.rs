@@ -40,6 +40,9 @@ pub(crate) struct QuantizeArgs {
     /// Trits a weight is the sum of: 1, 2 or 3
     #[arg(long, default_value_t = 1)]
     planes: usize,
+    /// Most bits a weight may cost on average, scales included: matrices that need it most get a second or third plane
+    #[arg(long, value_name = "BITS", conflicts_with = "planes")]
+    bits_per_weight: Option<f64>,
     /// Tune every layer by gradients on its own output, for so many steps; kept only where that helps
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "40")]
     reconstruction: Option<usize>,
@@ -80,10 +83,11 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         steps: Steps { reconstruction: args.reconstruction.unwrap_or(steps.reconstruction), ..steps },
         ternary: TernaryConfig { granularity: args.group_size, format: args.format, rotation: None },
         planes: args.planes,
+        bits_per_weight: args.bits_per_weight,
         distill: args.distill,
         overwrite: args.overwrite,
     };
-    let looks_at_text = options.steps.look_at_text() || options.distill > 0;
+    let looks_at_text = options.look_at_text();
     ensure!(
         looks_at_text || !args.calibration.is_given(),
         "{} with these steps looks at no calibration text",
@@ -117,8 +121,13 @@ pub(super) fn with_progress<T>(
     run: impl FnOnce(&(dyn Fn(calib::Progress) + Sync)) -> T,
 ) -> T {
     let weights = Progress::new(name, ternary_weights(checkpoint) as u64, Unit::Count("weights"));
+    let layers = OnceLock::new();
     let steps = OnceLock::new();
     run(&|event| match event {
+        calib::Progress::Measured => {
+            let total = checkpoint.config().num_hidden_layers() as u64;
+            layers.get_or_init(|| Progress::new("sensitivity", total, Unit::Count("layers"))).advance(1);
+        }
         calib::Progress::Weights(count) => weights.advance(count as u64),
         calib::Progress::Distilled { divergence } => {
             tracing::info!("divergence {divergence:.4}");

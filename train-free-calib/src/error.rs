@@ -89,6 +89,14 @@ pub enum CalibError {
         /// The most it can make.
         most: usize,
     },
+    /// Fewer bits than one plane needs.
+    #[error("{bits_per_weight} bits a weight are too few: one plane everywhere takes {least:.3}")]
+    Budget {
+        /// The bits asked for.
+        bits_per_weight: f64,
+        /// The least that is possible with these scales and this packing.
+        least: f64,
+    },
     /// A granularity that the method cannot do.
     #[error("one scale a matrix is for absmean only: {method} needs one a row, or one a group")]
     OneScale {

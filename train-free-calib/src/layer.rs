@@ -20,6 +20,7 @@ use ternoss_quant::{BitLinear, BitWeight, Linear, PackedTernary, TernaryTensor};
 
 use crate::{
     CalibError, Calibration,
+    budget::LayerPlanes,
     distill::embed,
     moments::{Moments, Statistics},
     reconstruct::Block,
@@ -101,17 +102,18 @@ pub(crate) struct LayerCalibration<'a, B: TernaryBackend> {
     device: &'a B::Device,
     progress: &'a (dyn Fn(usize) + Sync),
     number: usize,
+    planes: LayerPlanes,
     teacher: Layer<B>,
     student: Layer<B>,
     result: TernaryLayer,
 }
 
 /// Tokens of an expert: where they stand among all tokens, and what it counts for them.
-struct Visits<B: TernaryBackend> {
-    rows: Tensor<B, 1, Int>,
+pub(crate) struct Visits<B: TernaryBackend> {
+    pub(crate) rows: Tensor<B, 1, Int>,
     /// `[n, 1]`
-    weights: Tensor<B, 2>,
-    count: usize,
+    pub(crate) weights: Tensor<B, 2>,
+    pub(crate) count: usize,
     /// How many of them, the first, are calibrated on.
     calibrated: usize,
 }
@@ -121,13 +123,24 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         checkpoint: &'a Checkpoint,
         number: usize,
         recipe: &'a Recipe,
+        planes: LayerPlanes,
         device: &'a B::Device,
         progress: &'a (dyn Fn(usize) + Sync),
     ) -> Result<Self, CalibError> {
         let options = LoadOptions { experts: ExpertPlacement::Streamed };
         let teacher = Layer::<B>::load(checkpoint, number, options, device)?;
         let student = teacher.clone();
-        Ok(Self { checkpoint, recipe, device, progress, number, teacher, student, result: TernaryLayer::default() })
+        Ok(Self {
+            checkpoint,
+            recipe,
+            device,
+            progress,
+            number,
+            planes,
+            teacher,
+            student,
+            result: TernaryLayer::default(),
+        })
     }
 
     /// Calibrates the layer; `activations` are those before it and become those after it.
@@ -253,7 +266,8 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let tensor = format!("{path}.weight");
         let weight = self.checkpoint.floats(&tensor, &[rows, in_features])?;
         self.checkpoint.expect_finite(&tensor, &weight)?;
-        let ternarized = self.recipe.ternarize(weight, shape, statistics, self.device)?;
+        let recipe = Recipe { planes: self.planes[name as usize], ..*self.recipe };
+        let ternarized = recipe.ternarize(weight, shape, statistics, self.device)?;
         self.result.report.matrices.push(ternarized.report(path.clone(), statistics.map_or(0, |s| s.tokens)));
         let mut bias = None;
         if config.attention_bias {
@@ -280,7 +294,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let config = self.checkpoint.config();
         let experts = config.num_local_experts;
         let calibrated = activations.calibrated * activations.context();
-        let visits = self.visits(self.teacher.mlp.router.forward(teacher_in.clone()), experts, calibrated);
+        let visits = visits(self.teacher.mlp.router.forward(teacher_in.clone()), experts, calibrated, self.device);
         let (seen, target) = (self.seen(student_in.clone()), self.rotated(teacher_in.clone()));
         let mut whole = Moments::new(config.hidden_size, self.device);
         whole.add(seen.clone().slice_dim(0, 0..calibrated), target.clone().slice_dim(0, 0..calibrated), None);
@@ -352,31 +366,6 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         Ok(ExpertPair { matrices: [upper, lower], output: Some(output) })
     }
 
-    /// Which tokens go to which expert, in their order; the first `calibrated` tokens are calibrated on.
-    fn visits(&self, routing: Routing<B>, experts: usize, calibrated: usize) -> Vec<Visits<B>> {
-        let k = routing.indices.dims()[1];
-        let chosen: Vec<i64> = routing.indices.into_data().iter::<i64>().collect();
-        let weights = host(routing.weights);
-        let mut tokens = vec![(Vec::new(), Vec::new()); experts];
-        for (slot, expert) in chosen.into_iter().enumerate() {
-            if let Some((rows, shares)) = usize::try_from(expert).ok().and_then(|expert| tokens.get_mut(expert)) {
-                rows.push((slot / k) as i64);
-                shares.push(weights[slot]);
-            }
-        }
-        let visits = tokens.into_iter().map(|(rows, shares)| {
-            let count = rows.len();
-            let calibrated = rows.partition_point(|row| (*row as usize) < calibrated);
-            Visits {
-                rows: Tensor::from_data(TensorData::new(rows, [count]), self.device),
-                weights: Tensor::from_data(TensorData::new(shares, [count, 1]), self.device),
-                count,
-                calibrated,
-            }
-        });
-        visits.collect()
-    }
-
     /// One matrix of one expert made ternary.
     fn expert(&self, matrix: ExpertMatrix, expert: usize, moments: &Moments<B>) -> Result<MadeExpert<B>, CalibError> {
         let config = self.checkpoint.config();
@@ -388,16 +377,11 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let biases = [config.num_local_experts, rows];
         let bias = self.checkpoint.float_tensor::<B, 2>(&bias_name, biases, self.device)?;
         let bias = bias.slice_dim(0, expert..expert + 1).squeeze_dim::<1>(0);
-        let teacher = {
-            let weight = Tensor::<B, 2>::from_data(TensorData::new(weight.clone(), [rows, in_features]), self.device);
-            // Burn's layer wants [in, out].
-            Linear::Dense(burn::nn::Linear {
-                weight: Param::from_tensor(weight.transpose().detach()),
-                bias: Some(Param::from_tensor(bias.clone())),
-            })
-        };
+        let teacher = dense_linear(&weight, shape, bias.clone(), self.device);
         let statistics = moments.statistics();
-        let ternarized = self.recipe.ternarize(weight, shape, statistics.as_ref(), self.device)?;
+        let planes = self.planes[LinearName::ALL.len() + matrix as usize];
+        let recipe = Recipe { planes, ..*self.recipe };
+        let ternarized = recipe.ternarize(weight, shape, statistics.as_ref(), self.device)?;
         let report = ternarized.report(format!("{path}.{expert}"), moments.tokens);
         let bias = match ternarized.bias_shift {
             Some(shift) => bias + shift,
@@ -493,4 +477,49 @@ pub(crate) fn add_rows<B: TernaryBackend>(windows: &mut [Tensor<B, 2>], output: 
         *window = window.clone() + output.clone().slice_dim(0, first..first + tokens);
         first += tokens;
     }
+}
+
+/// Which tokens go to which expert, in their order; the first `calibrated` tokens are calibrated on.
+pub(crate) fn visits<B: TernaryBackend>(
+    routing: Routing<B>,
+    experts: usize,
+    calibrated: usize,
+    device: &B::Device,
+) -> Vec<Visits<B>> {
+    let k = routing.indices.dims()[1];
+    let chosen: Vec<i64> = routing.indices.into_data().iter::<i64>().collect();
+    let weights = host(routing.weights);
+    let mut tokens = vec![(Vec::new(), Vec::new()); experts];
+    for (slot, expert) in chosen.into_iter().enumerate() {
+        if let Some((rows, shares)) = usize::try_from(expert).ok().and_then(|expert| tokens.get_mut(expert)) {
+            rows.push((slot / k) as i64);
+            shares.push(weights[slot]);
+        }
+    }
+    let visits = tokens.into_iter().map(|(rows, shares)| {
+        let count = rows.len();
+        let calibrated = rows.partition_point(|row| (*row as usize) < calibrated);
+        Visits {
+            rows: Tensor::from_data(TensorData::new(rows, [count]), device),
+            weights: Tensor::from_data(TensorData::new(shares, [count, 1]), device),
+            count,
+            calibrated,
+        }
+    });
+    visits.collect()
+}
+
+/// A full-precision linear from the rows of its weight.
+pub(crate) fn dense_linear<B: TernaryBackend>(
+    weight: &[f32],
+    [in_features, rows]: [usize; 2],
+    bias: Tensor<B, 1>,
+    device: &B::Device,
+) -> Linear<B> {
+    let weight = Tensor::<B, 2>::from_data(TensorData::new(weight.to_vec(), [rows, in_features]), device);
+    // Burn's layer wants [in, out].
+    Linear::Dense(burn::nn::Linear {
+        weight: Param::from_tensor(weight.transpose().detach()),
+        bias: Some(Param::from_tensor(bias)),
+    })
 }

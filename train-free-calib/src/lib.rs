@@ -19,6 +19,7 @@
 //! | `report`, `summary`, `picture` | what was done: as JSON, as text, as an SVG |
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+mod budget;
 mod calibration;
 mod canvas;
 mod compensate;

@@ -14,6 +14,7 @@ use ternoss_quant::{Granularity, TernaryConfig};
 
 use crate::{
     CalibError, Calibration, Method, Report, Steps,
+    budget::{Plan, TENSORS, sensitivity},
     distill::Distillation,
     layer::{Activations, TernaryLayer},
     levels::MAX_PLANES,
@@ -34,6 +35,9 @@ pub struct QuantizeOptions {
     pub ternary: TernaryConfig,
     /// Trits a weight is the sum of: 1 to 3 for ternoss, 1 for the others.
     pub planes: usize,
+    /// Most bits a weight may cost on average, scales included: planes go to the matrices where they help most, one at
+    /// least and three at most, and `planes` says nothing.
+    pub bits_per_weight: Option<f64>,
     /// Steps of distillation after the last layer: 0 for none.
     pub distill: usize,
     /// Whether an existing output may be replaced.
@@ -43,6 +47,8 @@ pub struct QuantizeOptions {
 /// How far a quantization has come.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Progress {
+    /// The sensitivity of another layer was measured.
+    Measured,
     /// So many more weights became ternary.
     Weights(usize),
     /// A step of distillation is done; before it the predictions had this mean divergence from the full-precision model's.
@@ -53,6 +59,11 @@ pub enum Progress {
 }
 
 impl QuantizeOptions {
+    /// Whether a calibration text is needed.
+    pub fn look_at_text(&self) -> bool {
+        self.steps.look_at_text() || self.distill > 0 || self.bits_per_weight.is_some()
+    }
+
     /// A method with all its steps, one plane.
     pub fn new(method: Method) -> Self {
         Self {
@@ -60,11 +71,15 @@ impl QuantizeOptions {
             steps: method.steps(),
             ternary: TernaryConfig::default(),
             planes: 1,
+            bits_per_weight: None,
             distill: 0,
             overwrite: false,
         }
     }
 }
+
+/// Planes of every matrix, for a run that goes on.
+const PLAN_FILE: &str = "plan.json";
 
 /// Files beside the weights that a ternary folder keeps.
 const COMPANIONS: [&str; 7] = [
@@ -108,11 +123,11 @@ pub fn quantize<B: TernaryBackend>(
     check(checkpoint, output, options)?;
     let recipe = recipe(options)?;
     let weights = |weights| progress(Progress::Weights(weights));
-    let job = Job::<B> { checkpoint, recipe, device, progress: &weights };
-    let calibration = calibration.filter(|_| recipe.steps.look_at_text() || options.distill > 0);
-    let settings = settings(checkpoint, &recipe, calibration);
+    let job = Job::<B> { checkpoint, recipe, plan: None, device, progress: &weights };
+    let calibration = calibration.filter(|_| options.look_at_text());
+    let settings = settings(checkpoint, &recipe, options, calibration);
     let Some(calibration) = calibration.filter(|_| options.distill > 0) else {
-        return calibrate(&job, output, options, calibration, &settings);
+        return calibrate(&job, output, options, calibration, &settings, progress);
     };
     if calibration.held_out().is_empty() {
         return Err(CalibError::NothingHeldOut);
@@ -124,7 +139,7 @@ pub fn quantize<B: TernaryBackend>(
             weights(ternary_weights(checkpoint));
             report
         }
-        None => calibrate(&job, &undistilled, options, Some(calibration), &settings)?,
+        None => calibrate(&job, &undistilled, options, Some(calibration), &settings, progress)?,
     };
     let report = distill(&job, &undistilled, output, options, calibration, report, progress)?;
     // A model that stays only takes space.
@@ -139,10 +154,10 @@ fn calibrate<B: TernaryBackend>(
     options: &QuantizeOptions,
     calibration: Option<&Calibration>,
     settings: &Value,
+    progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Report, CalibError> {
-    let &Job { checkpoint, ref recipe, device, progress } = job;
-    let calibration = calibration.filter(|_| recipe.steps.look_at_text());
-    let mut activations = match calibration {
+    let &Job { checkpoint, ref recipe, device, .. } = job;
+    let mut activations = match calibration.filter(|_| recipe.steps.look_at_text()) {
         Some(calibration) => Some(Activations::embed(checkpoint, calibration, device)?),
         None if recipe.steps.look_at_text() => return Err(CalibError::NoText { method: recipe.method }),
         None => None,
@@ -157,7 +172,12 @@ fn calibrate<B: TernaryBackend>(
             return Err(CalibError::Activations { name });
         }
     }
-    progress(ternary_weights(checkpoint) / layers * layers_done);
+    let plan = match (options.bits_per_weight, calibration) {
+        (Some(bits), Some(calibration)) => Some(plan(job, bits, calibration, &writer, progress)?),
+        _ => None,
+    };
+    let job = &Job { plan, ..*job };
+    progress(Progress::Weights(ternary_weights(checkpoint) / layers * layers_done));
     for step in done.len()..=layers {
         let finished = job.step(step, activations.as_mut(), &mut writer)?;
         writer.commit(step, &json!(finished))?;
@@ -166,13 +186,46 @@ fn calibrate<B: TernaryBackend>(
     }
     // Any of them may be left of a run that was killed.
     (0..=layers).for_each(|layers| writer.remove(&activations_file(layers)));
-    let mut report = Report::new(checkpoint, recipe, calibration, done);
+    writer.remove(PLAN_FILE);
+    let mut report = Report::new(checkpoint, recipe, calibration.filter(|_| recipe.steps.look_at_text()), done);
+    report.planes = job.plan.as_ref().map_or(recipe.planes, Plan::most);
     report.run = fingerprint_of(settings);
     if let (Some(activations), Some(calibration)) = (activations, calibration) {
         report.held_out = held_out(checkpoint, calibration, activations, device)?;
     }
     finish(checkpoint, config, &report, writer)?;
     Ok(report)
+}
+
+/// The planes of every matrix within so many bits a weight: measured, or taken over from an interrupted run.
+fn plan<B: TernaryBackend>(
+    job: &Job<'_, B>,
+    bits_per_weight: f64,
+    calibration: &Calibration,
+    writer: &FolderWriter,
+    progress: &dyn Fn(Progress),
+) -> Result<Plan, CalibError> {
+    let checkpoint = job.checkpoint;
+    let layers = checkpoint.config().num_hidden_layers();
+    let known = writer.read(PLAN_FILE).ok().and_then(|text| serde_json::from_slice::<Plan>(&text).ok());
+    if let Some(plan) = known.filter(|plan| plan.0.len() == layers) {
+        return Ok(plan);
+    }
+    let bytes = job.recipe.plane_bytes(checkpoint.config());
+    let budget = bits_per_weight / 8.0 * ternary_weights(checkpoint) as f64;
+    let least = (bytes.iter().sum::<usize>() * layers) as f64;
+    if budget < least {
+        return Err(CalibError::Budget { bits_per_weight, least: least / budget * bits_per_weight });
+    }
+    let measured = || progress(Progress::Measured);
+    let plan = match least * MAX_PLANES as f64 <= budget {
+        true => Plan(vec![[MAX_PLANES; TENSORS]; layers]),
+        false => {
+            Plan::within(budget, &sensitivity::<B>(checkpoint, &job.recipe, calibration, job.device, &measured)?, bytes)
+        }
+    };
+    writer.file(PLAN_FILE, json!(plan).to_string().as_bytes())?;
+    Ok(plan)
 }
 
 /// Compares the two models on the windows that were held out.
@@ -227,13 +280,19 @@ fn distill<B: TernaryBackend>(
     Ok(report)
 }
 
-fn settings(checkpoint: &Checkpoint, recipe: &Recipe, calibration: Option<&Calibration>) -> Value {
+fn settings(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    options: &QuantizeOptions,
+    calibration: Option<&Calibration>,
+) -> Value {
     json!({
         "program": env!("CARGO_PKG_VERSION"),
         "method": recipe.method,
         "steps": recipe.steps,
         "scales and packing": recipe.ternary,
         "planes": recipe.planes,
+        "bits per weight": options.bits_per_weight,
         "calibration text": calibration.map(Calibration::fingerprint),
         "model": checkpoint.stamp(),
     })

@@ -234,6 +234,8 @@ pub struct MatrixReport {
     pub name: String,
     /// Squared error of its outputs over their square, on the calibration text; of its weights where there was none.
     pub relative_error: f64,
+    /// Trits a weight of it is the sum of.
+    pub planes: usize,
     /// Share of trits that are zero.
     pub zeros: f64,
     /// Calibration tokens it saw.

@@ -13,6 +13,7 @@ use ternoss_quant::PackedTernary;
 
 use crate::{
     CalibError,
+    budget::{LayerPlanes, Plan, TENSORS},
     layer::{Activations, ChangedFloats, LayerCalibration, TernaryLayer},
     report::{LayerReport, MatrixReport, PartBytes, bytes_by_part},
     ternarize::Recipe,
@@ -25,6 +26,8 @@ const MATRICES_AT_ONCE: usize = 4;
 pub(crate) struct Job<'a, B: TernaryBackend> {
     pub(crate) checkpoint: &'a Checkpoint,
     pub(crate) recipe: Recipe,
+    /// Planes of every tensor, where they differ.
+    pub(crate) plan: Option<Plan>,
     pub(crate) device: &'a B::Device,
     pub(crate) progress: &'a (dyn Fn(usize) + Sync),
 }
@@ -75,7 +78,14 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
             (None, _) => TernaryLayer::default(),
             (Some(number), None) => self.layer(number)?,
             (Some(number), Some(activations)) => {
-                let layer = LayerCalibration::new(self.checkpoint, number, &self.recipe, self.device, self.progress)?;
+                let layer = LayerCalibration::new(
+                    self.checkpoint,
+                    number,
+                    &self.recipe,
+                    self.planes(number),
+                    self.device,
+                    self.progress,
+                )?;
                 let layer = layer.run(activations)?;
                 activations.expect_finite(number)?;
                 writer.file(&activations_file(step), &activations.to_bytes())?;
@@ -94,6 +104,12 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         writer.shard(step, tensors)?;
         let ternary_bytes = layer.matrices.iter().map(|(_, packed)| packed.layout.bytes()).sum();
         Ok(Done { ternary_bytes, full_precision_bytes, parts, layer: number.map(|_| layer.report) })
+    }
+
+    /// Planes of the ternary tensors of a layer.
+    fn planes(&self, layer: usize) -> LayerPlanes {
+        let planned = self.plan.as_ref().and_then(|plan| plan.0.get(layer).copied());
+        planned.unwrap_or([self.recipe.planes; TENSORS])
     }
 
     /// All ternary matrices of a layer, without looking at a text.

@@ -2,11 +2,16 @@
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use rayon::prelude::*;
-use ternoss_backends::{FormatError, Rotation};
+use ternoss_backends::{FormatError, Rotation, TernaryLayout};
+use ternoss_model::{
+    GptOssConfig,
+    checkpoint::{ExpertMatrix, LinearName},
+};
 use ternoss_quant::{PackedTernary, TernaryConfig, TernaryParts, absmean};
 
 use crate::{
     Method, Steps,
+    budget::LayerPlanes,
     compensate::compensate,
     moments::Statistics,
     refine::{refit_scales, sweep},
@@ -40,11 +45,24 @@ pub(crate) struct Ternarized<B: Backend> {
 impl<B: Backend> Ternarized<B> {
     /// What there is to say of it.
     pub(crate) fn report(&self, name: String, tokens: usize) -> MatrixReport {
-        MatrixReport { name, relative_error: self.relative_error, zeros: self.zeros, tokens }
+        let planes = self.packed.layout.planes;
+        MatrixReport { name, relative_error: self.relative_error, planes, zeros: self.zeros, tokens }
     }
 }
 
 impl Recipe {
+    /// Bytes that one plane of each ternary tensor of a layer takes.
+    pub(crate) fn plane_bytes(&self, config: &GptOssConfig) -> LayerPlanes {
+        let bytes = |matrices: usize, [in_features, rows]: [usize; 2]| {
+            let TernaryConfig { format, granularity, rotation } = self.ternary;
+            let group_size = granularity.group_size();
+            TernaryLayout { format, matrices, planes: 1, rows, in_features, group_size, rotation }.bytes()
+        };
+        let [q, k, v, o] = LinearName::ALL.map(|name| bytes(1, name.shape(config)));
+        let [gate_up, down] = ExpertMatrix::ALL.map(|matrix| bytes(config.num_local_experts, matrix.shape(config)));
+        [q, k, v, o, gate_up, down]
+    }
+
     /// Makes `weight` (`[rows, in_features]`, row-major) ternary. Without statistics every group is fitted on its own.
     pub(crate) fn ternarize<B: Backend>(
         &self,
