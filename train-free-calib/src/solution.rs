@@ -124,6 +124,20 @@ impl Solution {
         Self { geometry, rows: rows.collect() }
     }
 
+    /// Rounds the scales as the format stores them, so that what follows works with what will be read.
+    pub(crate) fn snap_scales(&mut self) {
+        if self.geometry.group_size.is_none() {
+            return;
+        }
+        let groups = self.geometry.groups();
+        self.rows.par_iter_mut().flat_map_iter(|row| row.scales.chunks_mut(groups)).for_each(|scales| {
+            let step = scales.iter().copied().fold(0.0, f32::max) / 255.0;
+            if step > 0.0 {
+                scales.iter_mut().for_each(|scale| *scale = (*scale / step).round_ties_even() * step);
+            }
+        });
+    }
+
     /// The weights that it stands for: `[rows, in_features]`.
     pub(crate) fn dense<B: Backend>(&self, device: &B::Device) -> Tensor<B, 2> {
         let Geometry { rows, in_features, .. } = self.geometry;

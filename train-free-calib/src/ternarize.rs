@@ -130,6 +130,9 @@ impl Recipe {
                 sweep(&mut solution, target, &second);
             }
             refit_scales(&mut solution, target, &second);
+            // Once more with the scales that will be stored.
+            solution.snap_scales();
+            sweep(&mut solution, target, &second);
         }
         solution.parts(device)
     }
