@@ -6,44 +6,61 @@ pub const MAX_PLANES: usize = 3;
 /// Weights below this scale count as nothing.
 const TINY: f32 = 1e-12;
 
-/// All values `sum over planes of scale * trit`, with their trits.
+/// Most levels a weight can have.
+const MAX_LEVELS: usize = 27;
+
+/// All values `sum over planes of scale * trit`, in their order, with their trits.
 #[derive(Clone, Debug)]
 pub(crate) struct Levels {
-    values: Vec<f32>,
-    trits: Vec<[i8; MAX_PLANES]>,
+    count: usize,
+    values: [f32; MAX_LEVELS],
+    trits: [[i8; MAX_PLANES]; MAX_LEVELS],
+    /// Where the nearest level changes from one to the next; infinite past the last.
+    bounds: [f32; MAX_LEVELS],
 }
 
 impl Levels {
     /// The levels of one group, whose planes have these scales.
     pub(crate) fn new(scales: &[f32]) -> Self {
         let count = 3usize.pow(scales.len() as u32);
-        let mut levels = Self { values: Vec::with_capacity(count), trits: Vec::with_capacity(count) };
-        // Zero first: of two levels equally near the earlier one is taken.
-        for code in 0..count {
-            let mut trits = [0; MAX_PLANES];
+        let mut levels = [(0.0f32, [0; MAX_PLANES]); MAX_LEVELS];
+        for (code, (value, trits)) in levels.iter_mut().enumerate().take(count) {
             let mut rest = code;
-            for trit in trits.iter_mut().take(scales.len()) {
+            for (trit, scale) in trits.iter_mut().zip(scales) {
                 *trit = [0, 1, -1][rest % 3];
+                *value += scale * f32::from(*trit);
                 rest /= 3;
             }
-            levels.values.push(scales.iter().zip(trits).map(|(scale, trit)| scale * f32::from(trit)).sum());
-            levels.trits.push(trits);
         }
-        levels
+        // Stable: of equal values the one with fewer trits comes first.
+        levels[..count].sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut this = Self {
+            count: 0,
+            values: [0.0; MAX_LEVELS],
+            trits: [[0; MAX_PLANES]; MAX_LEVELS],
+            bounds: [f32::INFINITY; MAX_LEVELS],
+        };
+        for (value, trits) in &levels[..count] {
+            if let Some(last) = this.count.checked_sub(1) {
+                if this.values[last] == *value {
+                    continue;
+                }
+                this.bounds[last] = this.values[last] / 2.0 + value / 2.0;
+            }
+            (this.values[this.count], this.trits[this.count]) = (*value, *trits);
+            this.count += 1;
+        }
+        this
     }
 
-    /// The level nearest to `target`: its value and its trits.
+    /// The level nearest to `target`, of two equally near the one nearer to zero: its value and its trits.
     #[inline]
     pub(crate) fn nearest(&self, target: f32) -> (f32, [i8; MAX_PLANES]) {
-        let mut best = 0;
-        let mut distance = (target - self.values[0]).abs();
-        for (i, value) in self.values.iter().enumerate().skip(1) {
-            let other = (target - value).abs();
-            if other < distance {
-                (best, distance) = (i, other);
-            }
-        }
-        (self.values[best], self.trits[best])
+        // Below zero a bound belongs to the level above it, else to the one below.
+        let beyond = |bound: &f32| target > *bound || (target == *bound && *bound < 0.0);
+        let level = self.bounds[..self.count].iter().map(|bound| usize::from(beyond(bound))).sum::<usize>();
+        // NaN is beyond nothing.
+        (self.values[level], self.trits[level])
     }
 }
 
@@ -144,6 +161,20 @@ mod tests {
         }
 
         #[test]
+        fn no_sum_of_trits_is_nearer_than_the_nearest_level(
+            scales in prop::collection::vec(prop_oneof![Just(0.0f32), 0.0f32..2.0], 1..=MAX_PLANES),
+            target in -5f32..5.0,
+        ) {
+            let (value, trits) = Levels::new(&scales).nearest(target);
+            let sum = |trits: [i8; MAX_PLANES]| scales.iter().zip(trits).map(|(s, t)| s * f32::from(t)).sum::<f32>();
+            prop_assert!((sum(trits) - value).abs() < 1e-6);
+            for code in 0..27 {
+                let other = sum([code % 3 - 1, code / 3 % 3 - 1, code / 9 - 1]);
+                prop_assert!((target - value).abs() <= (target - other).abs() + 1e-5, "{value} {other}");
+            }
+        }
+
+        #[test]
         fn planes_lower_the_error(weights in prop::collection::vec(-2f32..2.0, 8..64)) {
             let importance = vec![1.0; weights.len()];
             let errors = [1, 2, 3].map(|planes| {
@@ -168,6 +199,7 @@ mod tests {
     #[test]
     fn a_group_of_zeros_gets_no_scale() {
         assert_eq!(fit_scales(&[0.0; 8], &[1.0; 8], 2), [0.0; MAX_PLANES]);
+        assert_eq!(Levels::new(&[0.0, 0.0]).nearest(-3.0), (0.0, [0; MAX_PLANES]));
         assert_eq!(search_threshold(&[0.0; 8]), (0.0, 0.0));
     }
 }

@@ -247,7 +247,8 @@ mod tests {
     use crate::{LayerReport, MatrixReport, Method, PartBytes};
 
     fn report(layers: usize, experts: usize, held_out: bool) -> Report {
-        let matrix = |name: String, relative_error| MatrixReport { name, relative_error, planes: 1, zeros: 0.3, tokens: 7 };
+        let matrix =
+            |name: String, relative_error| MatrixReport { name, relative_error, planes: 1, zeros: 0.3, tokens: 7 };
         let layer = |i: usize| {
             let attention = ["q", "k", "v", "o"].iter().enumerate().map(|(at, kind)| {
                 matrix(format!("model.layers.{i}.self_attn.{kind}_proj"), 0.01 * (at + i % 5) as f64)
