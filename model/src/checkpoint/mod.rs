@@ -12,7 +12,7 @@ mod write;
 
 pub use error::CheckpointError;
 pub use load::{ExpertPlacement, LoadOptions};
-pub use names::{ExpertMatrix, LinearName, TernaryPath};
+pub use names::{ExpertMatrix, LinearName, TableName, TernaryPath, tensors_by_expert};
 pub use write::{FolderWriter, OutputTensor};
 
 use std::{

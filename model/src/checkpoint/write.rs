@@ -87,6 +87,23 @@ impl<'a> OutputTensor<'a> {
         let (dtype, shape) = checkpoint.entry(name).map_or((Dtype::U8, vec![]), |e| (e.dtype, e.shape.clone()));
         Ok(Self::new(dtype, shape, Cow::Borrowed(bytes)))
     }
+
+    /// Some parts, by their index in the slowest dimension, of a tensor of another checkpoint, byte for byte. Parts that are
+    /// not there are left out.
+    ///
+    /// # Errors
+    /// [`CheckpointError::MissingTensor`]
+    pub fn copied_parts(checkpoint: &'a Checkpoint, name: &str, parts: &[usize]) -> Result<Self, CheckpointError> {
+        let bytes = checkpoint.bytes(name)?;
+        let (dtype, mut shape) = checkpoint.entry(name).map_or((Dtype::U8, vec![]), |e| (e.dtype, e.shape.clone()));
+        let all: Vec<&[u8]> =
+            bytes.chunks_exact((bytes.len() / shape.first().copied().unwrap_or(1).max(1)).max(1)).collect();
+        let kept: Vec<&[u8]> = parts.iter().filter_map(|part| all.get(*part).copied()).collect();
+        if let Some(first) = shape.first_mut() {
+            *first = kept.len();
+        }
+        Ok(Self::new(dtype, shape, Cow::Owned(kept.concat())))
+    }
 }
 
 impl View for OutputTensor<'_> {
