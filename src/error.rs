@@ -41,6 +41,9 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
     if let Some(hub) = error.chain().find_map(|cause| cause.downcast_ref::<HubError>()) {
         return hub.hint();
     }
+    if let Some(CalibError::TargetSize { .. }) = error.chain().find_map(|cause| cause.downcast_ref::<CalibError>()) {
+        return Some("--format t5 --group-size row is the smallest packing, with one plane");
+    }
     let checkpoint = error.chain().find_map(|cause| {
         let inner = cause.downcast_ref::<CalibError>().and_then(|calib| match calib {
             CalibError::Checkpoint(inner) => Some(inner),

@@ -7,12 +7,12 @@ use clap::Args;
 use ternoss::{
     Cpu,
     backends::CodeFormat,
-    calib::{Calibration, Method, QuantizeOptions, Report, quantize, ternary_weights},
-    model::Checkpoint,
+    calib::{Calibration, Method, QuantizeOptions, Report, quantize},
+    model::{Checkpoint, GptOssConfig},
     quant::{Granularity, TernaryConfig},
 };
 
-use super::{CALIBRATION, Device, ModelArgs, bytes, tokenizer};
+use super::{CALIBRATION, Device, ModelArgs, byte_size, bytes, tokenizer};
 use crate::progress::{Progress, Unit};
 
 /// Make a model ternary and write it to a folder
@@ -51,6 +51,15 @@ pub(crate) struct QuantizeArgs {
     /// Packing of the trits: t2 (2 bits, fastest) or t5 (1.6 bits, smallest)
     #[arg(long, default_value_t = CodeFormat::T2)]
     format: CodeFormat,
+    /// Planes of a ternary embedding and output layer: 1, 2 or 3; without it they stay as they are
+    #[arg(long, value_name = "PLANES")]
+    table_planes: Option<usize>,
+    /// Experts that each layer keeps: those that matter most for the calibration text; without it, all
+    #[arg(long, value_name = "N")]
+    keep_experts: Option<usize>,
+    /// Size of the whole folder, such as 1.5GB: makes embedding and output layer ternary and drops experts until it fits
+    #[arg(long, value_name = "SIZE", value_parser = byte_size)]
+    target_size: Option<u64>,
     /// Replace the output folder if it exists
     #[arg(long)]
     overwrite: bool,
@@ -78,9 +87,16 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         steps: steps.map_err(anyhow::Error::msg)?,
         ternary: TernaryConfig { granularity: args.group_size, format: args.format, rotation: None },
         planes: args.planes,
+        table_planes: args.table_planes,
+        keep_experts: args.keep_experts,
+        target_size: args.target_size,
         overwrite: args.overwrite,
     };
-    let looks_at_text = options.steps.look_at_text();
+    let options = options.resolved(&checkpoint)?;
+    if options.target_size.is_some() {
+        eprintln!("{}", chosen(&options, checkpoint.config()));
+    }
+    let looks_at_text = options.look_at_text();
     ensure!(
         looks_at_text || args.calibration.is_none(),
         "{} with these steps looks at no calibration text",
@@ -90,7 +106,7 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         true => Some(calibration(&args, &checkpoint)?),
         false => None,
     };
-    let progress = Progress::new("quantize", ternary_weights(&checkpoint) as u64, Unit::Count("weights"));
+    let progress = Progress::new("quantize", options.weights(&checkpoint) as u64, Unit::Count("weights"));
     let device = Device::default();
     let advance = |weights: usize| progress.advance(weights as u64);
     let report = quantize::<Cpu>(&checkpoint, &args.output, &options, calibration.as_ref(), &device, &advance)?;
@@ -112,16 +128,39 @@ fn calibration(args: &QuantizeArgs, checkpoint: &Checkpoint) -> Result<Calibrati
     let config = checkpoint.config();
     let calibration = Calibration::new(&tokens, args.calibration_context, args.calibration_tokens, config)?;
     let (found, wanted) = (calibration.tokens(), Calibration::tokens_wanted(config));
-    if found < wanted {
+    if found < wanted && args.method.steps().look_at_text() {
         eprintln!("warning: {found} calibration tokens are few for this model: {wanted} or more give a better result");
     }
     Ok(calibration)
+}
+
+/// What a target size comes down to.
+fn chosen(options: &QuantizeOptions, config: &GptOssConfig) -> String {
+    let tables = match options.table_planes {
+        Some(planes) => format!("ternary (planes: {planes})"),
+        None => "as they are".into(),
+    };
+    let all = config.num_local_experts;
+    let kept = options.keep_experts.unwrap_or(all);
+    format!("to fit that size: embedding and output layer {tables}, {kept} of {all} experts a layer")
 }
 
 fn print_report(report: &Report) -> io::Result<()> {
     print_line!("ternary weights     {:>12}  {}", report.ternary_weights, bytes(report.ternary_bytes))?;
     print_line!("bits per weight     {:>12.3}", report.bits_per_weight)?;
     print_line!("full precision      {:>12}  {}", "", bytes(report.full_precision_bytes))?;
+    if let Some(reduction) = &report.reduction {
+        if let Some(planes) = reduction.table_planes {
+            let planes = format!("planes: {planes}");
+            print_line!("embedding, output   {planes:>12}  {}", bytes(reduction.table_bytes))?;
+        }
+        let (kept, before) = (reduction.experts_kept, reduction.experts_before);
+        print_line!("experts a layer     {:>12}", format!("{kept} of {before}"))?;
+    }
     let what = if report.calibration_tokens > 0 { "outputs" } else { "weights" };
-    print_line!("relative error      {:>12.4}  (squared, of the {what}, mean)", report.mean_relative_error())
+    print_line!("relative error      {:>12.4}  (squared, of the {what}, mean)", report.mean_relative_error())?;
+    match report.reduction.as_ref().map(|reduction| &reduction.warning).filter(|warning| !warning.is_empty()) {
+        Some(warning) => print_line!("warning: {warning}"),
+        None => Ok(()),
+    }
 }

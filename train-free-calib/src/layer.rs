@@ -2,7 +2,7 @@
 
 use burn::{
     module::Param,
-    tensor::{IndexingUpdateOp, Int, Tensor, TensorData},
+    tensor::{IndexingUpdateOp, Tensor, TensorData},
 };
 use rayon::prelude::*;
 use ternoss_backends::{ClampedSwiGlu, TernaryBackend, reference::clamped_swiglu};
@@ -13,7 +13,6 @@ use ternoss_model::{
     experts::{Experts, PackedExperts},
     layer::Layer,
     rope::RotaryEmbedding,
-    router::Routing,
     table::Table,
 };
 use ternoss_quant::{BitLinear, Linear, PackedTernary, TernaryTensor, absmax::fake_quantize};
@@ -21,13 +20,15 @@ use ternoss_quant::{BitLinear, Linear, PackedTernary, TernaryTensor, absmax::fak
 use crate::{
     CalibError, Calibration,
     moments::{Moments, Statistics},
+    prune,
     report::{LayerReport, MatrixReport},
     solution::host,
     ternarize::{Recipe, rotate_rows},
+    visits::{Visits, visits},
 };
 
 /// Experts in work at the same time: bounds memory whatever the number of threads.
-const EXPERTS_AT_ONCE: usize = 4;
+pub(crate) const EXPERTS_AT_ONCE: usize = 4;
 
 /// The residual stream of every window of the calibration text, `[tokens, hidden]` each: as the full-precision model has
 /// it, and as the model has it whose layers so far are ternary.
@@ -78,7 +79,7 @@ impl<B: TernaryBackend> Activations<B> {
     }
 
     /// Tokens a window.
-    fn context(&self) -> usize {
+    pub(crate) fn context(&self) -> usize {
         self.teacher.first().map_or(0, |window| window.dims()[0])
     }
 }
@@ -104,14 +105,6 @@ pub(crate) struct LayerCalibration<'a, B: TernaryBackend> {
     teacher: Layer<B>,
     student: Layer<B>,
     result: TernaryLayer,
-}
-
-/// Tokens of an expert: where they stand among all tokens, and what it counts for them.
-struct Visits<B: TernaryBackend> {
-    rows: Tensor<B, 1, Int>,
-    /// `[n, 1]`
-    weights: Tensor<B, 2>,
-    count: usize,
 }
 
 impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
@@ -210,8 +203,19 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let teacher_in = norm(&self.teacher, &activations.teacher);
         let student_in = norm(&self.student, &activations.student);
         let config = self.checkpoint.config();
-        let experts = config.num_local_experts;
-        let visits = self.visits(self.teacher.mlp.router.forward(teacher_in.clone()), experts);
+        // Where experts are dropped, the teacher still has them all; whatever is measured goes by the smaller router.
+        let router = &self.teacher.mlp.router;
+        let selection = match self.recipe.keep_experts {
+            Some(keep) => Some(prune::select(self.checkpoint, self.number, router, &teacher_in, keep, self.device)?),
+            None => None,
+        };
+        let numbers = selection.as_ref().map_or_else(|| (0..config.num_local_experts).collect(), |s| s.numbers());
+        if let Some(selection) = &selection {
+            self.student.mlp.router = router.kept(&numbers);
+            self.result.report.kept.clone_from(&selection.kept);
+        }
+        let experts = numbers.len();
+        let visits = visits(self.student.mlp.router.forward(teacher_in.clone()), experts, self.device);
         let (seen, target) = (self.seen(student_in.clone()), self.rotated(teacher_in.clone()));
         let mut whole = Moments::new(config.hidden_size, self.device);
         whole.add(seen.clone(), target.clone(), None);
@@ -223,7 +227,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         for first in (0..experts).step_by(EXPERTS_AT_ONCE) {
             let batch: Result<Vec<_>, CalibError> = (first..(first + EXPERTS_AT_ONCE).min(experts))
                 .into_par_iter()
-                .map(|number| self.both_matrices(number, &visits[number], &inputs))
+                .map(|at| self.both_matrices(numbers[at], &visits[at], &inputs))
                 .collect();
             for (made, visits) in batch?.into_iter().zip(&visits[first..]) {
                 if let Some(part) = made.output {
@@ -239,7 +243,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         }
         self.finish_experts(packed, biases, activation)?;
         drop(inputs);
-        add_rows(&mut activations.teacher, output);
+        add_rows(&mut activations.teacher, selection.map_or(output, |selection| selection.output));
         let Layer { post_attention_layernorm, mlp, .. } = &self.student;
         for x in &mut activations.student {
             *x = x.clone() + mlp.forward(post_attention_layernorm.forward(x.clone()));
@@ -277,29 +281,6 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let lower = self.expert(ExpertMatrix::Down, number, &moments)?;
         let output = lower.teacher.forward(teacher_hidden) * visits.weights.clone();
         Ok(ExpertPair { matrices: [upper, lower], output: Some(output) })
-    }
-
-    /// Which tokens go to which expert.
-    fn visits(&self, routing: Routing<B>, experts: usize) -> Vec<Visits<B>> {
-        let k = routing.indices.dims()[1];
-        let chosen: Vec<i64> = routing.indices.into_data().iter::<i64>().collect();
-        let weights = host(routing.weights);
-        let mut tokens = vec![(Vec::new(), Vec::new()); experts];
-        for (slot, expert) in chosen.into_iter().enumerate() {
-            if let Some((rows, shares)) = usize::try_from(expert).ok().and_then(|expert| tokens.get_mut(expert)) {
-                rows.push((slot / k) as i64);
-                shares.push(weights[slot]);
-            }
-        }
-        let visits = tokens.into_iter().map(|(rows, shares)| {
-            let count = rows.len();
-            Visits {
-                rows: Tensor::from_data(TensorData::new(rows, [count]), self.device),
-                weights: Tensor::from_data(TensorData::new(shares, [count, 1]), self.device),
-                count,
-            }
-        });
-        visits.collect()
     }
 
     /// One matrix of one expert made ternary.
@@ -346,7 +327,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         biases: [Vec<Vec<f32>>; 2],
         activation: ClampedSwiGlu,
     ) -> Result<(), CalibError> {
-        let experts = self.checkpoint.config().num_local_experts;
+        let experts = packed[0].len();
         let mut parts = Vec::new();
         for ((matrix, packed), biases) in ExpertMatrix::ALL.into_iter().zip(packed).zip(biases) {
             let path = matrix.path(self.number);
@@ -411,7 +392,7 @@ struct MadeExpert<B: TernaryBackend> {
 }
 
 /// Adds the rows of `output` to the windows, in order.
-fn add_rows<B: TernaryBackend>(windows: &mut [Tensor<B, 2>], output: Tensor<B, 2>) {
+pub(crate) fn add_rows<B: TernaryBackend>(windows: &mut [Tensor<B, 2>], output: Tensor<B, 2>) {
     let mut first = 0;
     for window in windows {
         let tokens = window.dims()[0];

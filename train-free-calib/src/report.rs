@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use ternoss_quant::TernaryConfig;
 
-use crate::{Method, Steps};
+use crate::{KeptExpert, Method, Reduction, Steps};
 
 /// Name of the report in the ternary folder.
 pub(crate) const REPORT_FILE: &str = "calibration_report.json";
@@ -25,10 +25,13 @@ pub struct Report {
     pub ternary_weights: usize,
     /// Bytes of their codes and scales.
     pub ternary_bytes: usize,
-    /// Bytes of everything else: embedding, output layer, norms, router, biases, sinks.
+    /// Bytes of what is in full precision: norms, router, biases, sinks; embedding and output layer unless they are ternary.
     pub full_precision_bytes: usize,
     /// `8 * ternary_bytes / ternary_weights`
     pub bits_per_weight: f64,
+    /// What was given up for size beside that, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reduction: Option<Reduction>,
     /// One entry a layer, in order.
     pub layers: Vec<LayerReport>,
 }
@@ -47,14 +50,18 @@ impl Report {
 pub struct LayerReport {
     /// Its matrices in the order in which they were made ternary.
     pub matrices: Vec<MatrixReport>,
-    /// Calibration tokens that the full-precision router sent to each expert; empty without calibration.
+    /// Calibration tokens that the full-precision router sent to each expert, among those that stay; empty without
+    /// calibration.
     pub expert_tokens: Vec<usize>,
+    /// The experts that stayed, in order, where some were dropped.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept: Vec<KeptExpert>,
 }
 
 /// What became of one matrix.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MatrixReport {
-    /// Its path in the model, with the number of the expert.
+    /// Its path in the model, with the number that the expert has in the full-precision model.
     pub name: String,
     /// Squared error of its outputs over their square, on the calibration text; of its weights where there was none.
     pub relative_error: f64,

@@ -24,6 +24,10 @@ pub(crate) struct Recipe {
     pub(crate) steps: Steps,
     pub(crate) ternary: TernaryConfig,
     pub(crate) planes: usize,
+    /// Planes of embedding and output layer; `None` if they stay as they are.
+    pub(crate) table_planes: Option<usize>,
+    /// Experts that each layer keeps; `None` for all.
+    pub(crate) keep_experts: Option<usize>,
 }
 
 /// A matrix that became ternary.
