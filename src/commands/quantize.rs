@@ -159,7 +159,7 @@ fn print_report(report: &Report) -> io::Result<()> {
     }
     let what = if report.calibration_tokens > 0 { "outputs" } else { "weights" };
     print_line!("relative error      {:>12.4}  (squared, of the {what}, mean)", report.mean_relative_error())?;
-    match report.reduction.as_ref().map(|reduction| &reduction.warning).filter(|warning| !warning.is_empty()) {
+    match report.reduction.as_ref().and_then(|reduction| reduction.warning.as_ref()) {
         Some(warning) => print_line!("warning: {warning}"),
         None => Ok(()),
     }

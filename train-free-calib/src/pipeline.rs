@@ -182,7 +182,7 @@ fn report(
         experts_kept: kept,
         experts_before: config.num_local_experts,
         importance_tokens: recipe.keep_experts.map_or(0, |_| tokens),
-        warning: if smaller { warning(table_planes, kept, config.num_local_experts) } else { String::new() },
+        warning: warning(table_planes, kept, config.num_local_experts),
     });
     let ternary_bytes = done.iter().map(|step| step.ternary_bytes).sum();
     Report {

@@ -41,8 +41,8 @@ pub struct Reduction {
     pub experts_before: usize,
     /// Tokens of text that the importance of the experts was measured on.
     pub importance_tokens: usize,
-    /// What to expect of the model.
-    pub warning: String,
+    /// What to expect of the model; null where nothing was given up.
+    pub warning: Option<String>,
 }
 
 impl QuantizeOptions {
@@ -197,8 +197,8 @@ pub(crate) fn bytes_in(folder: &std::path::Path) -> u64 {
     entries.filter_map(|entry| entry.metadata().ok()).map(|file| file.len()).sum()
 }
 
-/// What to expect of a model after that.
-pub(crate) fn warning(table_planes: Option<usize>, kept: usize, before: usize) -> String {
+/// What to expect of a model that has lost planes of its tables or experts; nothing if it has lost neither.
+pub(crate) fn warning(table_planes: Option<usize>, kept: usize, before: usize) -> Option<String> {
     let mut losses = Vec::new();
     if kept < before {
         losses.push(format!(
@@ -213,8 +213,8 @@ pub(crate) fn warning(table_planes: Option<usize>, kept: usize, before: usize) -
         }
         None => {}
     }
-    losses.push("measure with `perplexity --against` before relying on it".into());
-    losses.join("; ")
+    let measure = "measure with `perplexity --against` before relying on it";
+    (!losses.is_empty()).then(|| format!("{}; {measure}", losses.join("; ")))
 }
 
 #[cfg(test)]
