@@ -32,6 +32,10 @@ impl TernaryBackend for Flex {
     fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
         host::stored_rows(matrix, ids)
     }
+
+    fn ternary_rows(weight: &TernaryWeight<Self>, matrix: usize, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        host::ternary_rows(weight, matrix, ids)
+    }
 }
 
 impl HostBackend for Flex {

@@ -32,6 +32,10 @@ impl TernaryBackend for NdArray {
     fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
         host::stored_rows(matrix, ids)
     }
+
+    fn ternary_rows(weight: &TernaryWeight<Self>, matrix: usize, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        host::ternary_rows(weight, matrix, ids)
+    }
 }
 
 /// The elements of a tensor if it is of that type. The type of the storage inside has no public name.

@@ -60,6 +60,14 @@ impl Rotation {
             }
         }
     }
+
+    /// The other way round: what [`rotate`](Self::rotate) made of a token, or of a row of weights, in place.
+    pub fn rotate_back(self, y: &mut [f32]) {
+        let width = Self::width(y.len());
+        // The transform is symmetric.
+        y.chunks_mut(width).for_each(|y| butterflies(y, width));
+        y.iter_mut().enumerate().for_each(|(input, y)| *y *= self.factor(input, width));
+    }
 }
 
 /// The unnormalized Walsh-Hadamard transform of one run.
@@ -90,11 +98,9 @@ mod tests {
             rotation.rotate(&mut y);
             let norm = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
             assert!((norm(&x) - norm(&y)).abs() < 1e-4 * norm(&x), "{n}");
-            // H is symmetric: the transform without signs, then the signs, goes back.
-            let width = Rotation::width(n);
-            y.chunks_mut(width).for_each(|y| butterflies(y, width));
-            for (i, (y, x)) in y.iter().zip(&x).enumerate() {
-                assert!((y * rotation.factor(i, width) - x).abs() < 1e-4, "{n}");
+            rotation.rotate_back(&mut y);
+            for (y, x) in y.iter().zip(&x) {
+                assert!((y - x).abs() < 1e-4, "{n}");
             }
         }
     }

@@ -4,9 +4,11 @@
 mod attention;
 mod experts;
 mod linear;
+mod rows;
 mod stored;
 
 pub use attention::sink_attention;
 pub use experts::{clamped_swiglu, ternary_experts};
 pub use linear::{fake_quantize, magnitude, rotate, rotate_back, ternary_linear};
+pub use rows::ternary_rows;
 pub use stored::{stored_linear, stored_linear_transposed, stored_rows};
