@@ -44,6 +44,9 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
     if error.chain().any(|cause| matches!(cause.downcast_ref(), Some(HarmonyError::NoMark { .. }))) {
         return Some("without --chat, the prompt is plain text to go on from");
     }
+    if let Some(CalibError::TargetSize { .. }) = error.chain().find_map(|cause| cause.downcast_ref::<CalibError>()) {
+        return Some("--format t5 --group-size row is the smallest packing, with one plane");
+    }
     let checkpoint = error.chain().find_map(|cause| {
         let inner = cause.downcast_ref::<CalibError>().and_then(|calib| match calib {
             CalibError::Checkpoint(inner) => Some(inner),

@@ -23,6 +23,7 @@ use ternoss::{
         rope::RotaryEmbedding,
         sampling::{Sampler, SamplingConfig},
     },
+    quant::Linear,
 };
 
 const LOGITS: f32 = 2e-4;
@@ -258,7 +259,8 @@ fn mxfp4_experts_decode_to_the_reference_layout() {
     let [inputs, outputs] = ExpertMatrix::GateUp.shape(case.model.config());
     let rows = case.checkpoint.expert_rows(1, ExpertMatrix::GateUp, 3).unwrap();
     let Experts::Dense(dense) = &case.model.layers[1].mlp.experts else { panic!("experts are dense") };
-    let columns = host(dense.experts[3].gate_up_proj.weight.val());
+    let Linear::Dense(linear) = &dense.experts[3].gate_up_proj else { panic!("the matrix is dense") };
+    let columns = host(linear.weight.val());
     for input in 0..inputs {
         for output in 0..outputs {
             assert_eq!(rows[output * inputs + input], columns[input * outputs + output]);
@@ -273,7 +275,7 @@ fn gradients_reach_every_dense_weight() {
     let ids = case.golden.ids("seq40.input_ids");
     let grads = case.logits(&ids).square().mean().backward();
     let layer = &case.model.layers[3];
-    let ternoss::quant::Linear::Dense(query) = &layer.self_attn.q_proj else { panic!("dense") };
+    let Linear::Dense(query) = &layer.self_attn.q_proj else { panic!("dense") };
     assert!(query.weight.val().grad(&grads).is_some());
     assert!(layer.self_attn.sinks.val().grad(&grads).is_some());
     assert!(layer.mlp.router.linear.weight.val().grad(&grads).is_some());

@@ -15,13 +15,17 @@ use std::{
 
 use support::{example, ternoss_err, ternoss_ok};
 
+/// `method` may have options behind it.
 fn arguments(output: &Path, method: &str) -> Vec<String> {
+    let mut words = method.split(' ');
+    let method = words.next().unwrap();
     let (model, text) = (example("tiny-gpt-oss"), example("text/prose_test.txt"));
     let [model, text, output] = [&model, &text, output].map(|path| path.to_str().unwrap());
     let mut arguments = vec!["quantize", "--model", model, "--output", output, "--method", method];
     if method != "absmean" {
         arguments.extend(["--calibration", text, "--calibration-tokens", "4096", "--calibration-context", "128"]);
     }
+    arguments.extend(words);
     arguments.into_iter().map(String::from).collect()
 }
 
@@ -106,6 +110,12 @@ fn rounding_killed_again_and_again_gives_the_same_bytes() {
 }
 
 #[test]
+fn dropping_experts_killed_again_and_again_gives_the_same_bytes() {
+    kills_change_nothing("absmean --keep-experts 3 --table-planes 2 --calibration-context 128");
+    kills_change_nothing("ternoss --keep-experts 3 --table-planes 2");
+}
+
+#[test]
 fn other_settings_are_refused_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("output");
@@ -121,6 +131,8 @@ fn other_settings_are_refused_with_the_reason() {
     refused(&["--planes", "2"], "planes was 1, now 2");
     refused(&["--without", "bias"], "steps was");
     refused(&["--group-size", "128"], "scales and packing was");
+    refused(&["--keep-experts", "4"], "experts kept was null, now 4");
+    refused(&["--table-planes", "1"], "planes of the tables was null, now 1");
     assert!(steps(&partial) >= 2, "nothing was thrown away");
 
     // With --overwrite another run starts anew.

@@ -52,6 +52,10 @@ impl TernaryBackend for Flex {
     fn rotate_back(y: Tensor<Self, 2>, rotation: Rotation) -> Tensor<Self, 2> {
         host::rotate_back(y, rotation)
     }
+
+    fn ternary_rows(weight: &TernaryWeight<Self>, matrix: usize, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        host::ternary_rows(weight, matrix, ids)
+    }
 }
 
 impl HostBackend for Flex {

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::{
     cpu::{
-        Kernels, TernaryMatrices, attention,
+        Kernels, TernaryMatrices, TernaryRows, attention,
         experts::{self, Experts},
         linear,
         stored::{self, StoredRows},
@@ -74,12 +74,37 @@ pub(crate) fn ternary_linear<B: HostBackend>(
     let kernels = Kernels::detect();
     let mut out = vec![0.0; tokens * rows];
     let result = WeightParts::new(weight).with(|view| {
-        let missing = FormatError::Length { what: "matrices", expected: matrix + 1, found: weight.layout.matrices };
-        let matrix = view.matrix(matrix).ok_or(missing)?;
+        let matrix = one_matrix(&view, matrix)?;
         let x = Tokens::quantize(kernels, &B::floats(&x), in_features, weight.layout.rotation);
         linear::ternary_linear(kernels, &matrix, &x, &mut out)
     });
     finish(result, out, [tokens, rows], &device)
+}
+
+/// [`TernaryBackend::ternary_rows`] on the host's slices.
+pub(crate) fn ternary_rows<B: HostBackend>(
+    weight: &TernaryWeight<B>,
+    matrix: usize,
+    ids: Tensor<B, 1, Int>,
+) -> Tensor<B, 2> {
+    let device = ids.device();
+    let ids: Vec<i64> = ids.into_data().iter::<i64>().collect();
+    let in_features = weight.layout.in_features;
+    let mut out = vec![0.0; ids.len() * in_features];
+    let result = WeightParts::new(weight).with(|view| {
+        let matrix = one_matrix(&view, matrix)?;
+        for (id, out) in ids.iter().zip(out.chunks_exact_mut(in_features)) {
+            matrix.decode_row(usize::try_from(*id).ok(), out);
+        }
+        Ok(())
+    });
+    finish(result, out, [ids.len(), in_features], &device)
+}
+
+/// One matrix of a weight.
+fn one_matrix<'a>(view: &TernaryMatrices<'a>, matrix: usize) -> Result<TernaryRows<'a>, FormatError> {
+    let missing = FormatError::Length { what: "matrices", expected: matrix + 1, found: view.layout().matrices };
+    view.matrix(matrix).ok_or(missing)
 }
 
 /// [`TernaryBackend::ternary_experts`] by the kernels.

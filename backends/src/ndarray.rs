@@ -52,6 +52,10 @@ impl TernaryBackend for NdArray {
     fn rotate_back(y: Tensor<Self, 2>, rotation: Rotation) -> Tensor<Self, 2> {
         host::rotate_back(y, rotation)
     }
+
+    fn ternary_rows(weight: &TernaryWeight<Self>, matrix: usize, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        host::ternary_rows(weight, matrix, ids)
+    }
 }
 
 /// The elements of a tensor if it is of that type. The type of the storage inside has no public name.

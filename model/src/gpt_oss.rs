@@ -16,13 +16,13 @@ use crate::{cache::KvCache, config::GptOssConfig, layer::Layer, rope::RotaryEmbe
 /// what came before a call is in the [`KvCache`] passed to it.
 #[derive(Module, Debug)]
 pub struct GptOss<B: Backend> {
-    /// Token embedding, in full precision.
+    /// Token embedding.
     pub embed_tokens: Table<B>,
     /// Transformer layers.
     pub layers: Vec<Layer<B>>,
     /// Norm before the output layer.
     pub norm: nn::RmsNorm<B>,
-    /// Output layer, in full precision.
+    /// Output layer.
     pub lm_head: Table<B>,
     #[module(skip)]
     pub(crate) rope: RotaryEmbedding,

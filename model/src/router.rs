@@ -1,9 +1,9 @@
 //! The router: which experts a token goes to, and with what weight.
 
 use burn::{
-    module::Module,
+    module::{Module, Param},
     nn,
-    tensor::{Int, Tensor, activation, backend::Backend},
+    tensor::{Int, Tensor, TensorData, activation, backend::Backend},
 };
 
 /// Scores experts and keeps the best; always in full precision.
@@ -27,6 +27,18 @@ impl<B: Backend> Router<B> {
     /// Logits of all experts: `[tokens, hidden]` to `[tokens, experts]`.
     pub fn logits(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         self.linear.forward(x)
+    }
+
+    /// The router that knows only these experts, in this order: their columns and biases. The softmax over the chosen ones
+    /// makes their weights add up to 1 again by itself.
+    pub fn kept(&self, experts: &[usize]) -> Self {
+        let device = self.linear.weight.val().device();
+        let numbers: Vec<i64> = experts.iter().map(|expert| *expert as i64).collect();
+        let index = Tensor::<B, 1, Int>::from_data(TensorData::new(numbers, [experts.len()]), &device);
+        let weight = self.linear.weight.val().select(1, index.clone()).detach();
+        let bias = self.linear.bias.as_ref().map(|bias| Param::from_tensor(bias.val().select(0, index).detach()));
+        let linear = nn::Linear { weight: Param::from_tensor(weight), bias };
+        Self { linear, experts_per_token: self.experts_per_token }
     }
 
     /// Top-k first, then softmax over the chosen only (`GptOssTopKRouter` of transformers).

@@ -72,6 +72,46 @@ impl PackedTernary {
         Ok(packed)
     }
 
+    /// Matrices of trits and scales that are all zero bits, to be filled by [`set_rows`](Self::set_rows).
+    ///
+    /// # Errors
+    /// [`FormatError`] when the layout is not a valid one.
+    pub fn zeros(layout: TernaryLayout) -> Result<Self, FormatError> {
+        layout.validate()?;
+        let size = |shape: &[usize]| shape.iter().product::<usize>();
+        Ok(Self {
+            layout,
+            codes: vec![0; size(&layout.codes_shape())],
+            row_scales: vec![0.0; size(&layout.row_scales_shape())],
+            group_scales: vec![0; size(&layout.group_scales_shape())],
+        })
+    }
+
+    /// Takes over the rows of `part` as those from `first` on; both are one matrix. So a matrix too large to be in memory
+    /// in full is packed piece by piece.
+    ///
+    /// # Errors
+    /// [`FormatError::Shape`] when `part` does not fit in there.
+    pub fn set_rows(&mut self, first: usize, part: &Self) -> Result<(), FormatError> {
+        let TernaryLayout { planes, rows, .. } = self.layout;
+        let taken = part.layout.rows;
+        if (TernaryLayout { rows, ..part.layout }) != self.layout || self.layout.matrices != 1 || first + taken > rows {
+            let (expected, found) = (self.layout.codes_shape().to_vec(), part.layout.codes_shape().to_vec());
+            return Err(FormatError::Shape { tensor: "codes", expected, found });
+        }
+        fn copy<T: Copy>(to: &mut [T], from: &[T], per_row: usize, [plane, rows, first, taken]: [usize; 4]) {
+            let start = (plane * rows + first) * per_row;
+            to[start..start + taken * per_row].copy_from_slice(&from[plane * taken * per_row..][..taken * per_row]);
+        }
+        for plane in 0..planes {
+            let place = [plane, rows, first, taken];
+            copy(&mut self.codes, &part.codes, self.layout.words_per_row(), place);
+            copy(&mut self.row_scales, &part.row_scales, 1, place);
+            copy(&mut self.group_scales, &part.group_scales, self.layout.groups(), place);
+        }
+        Ok(())
+    }
+
     /// Puts matrices of one layout behind one another, as the experts of a layer.
     ///
     /// # Errors

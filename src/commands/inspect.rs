@@ -10,7 +10,7 @@ use ternoss::{
     calib::ternary_weights,
     model::{
         Checkpoint, GptOssConfig,
-        checkpoint::{ExpertMatrix, LinearName, Part},
+        checkpoint::{ExpertMatrix, LinearName, Part, TableName},
         config::{LayerType, Quantization},
     },
 };
@@ -109,7 +109,13 @@ fn print_architecture(config: &GptOssConfig) -> io::Result<()> {
 fn print_ternary(checkpoint: &Checkpoint) -> io::Result<()> {
     let weights = ternary_weights(checkpoint);
     if let Quantization::Ternary(_) = checkpoint.config().quantization {
-        return print_line!("{weights} weights are ternary");
+        print_line!("{weights} weights of attention and experts are ternary")?;
+        for (table, name) in TableName::ALL.into_iter().zip(["embedding", "output layer"]) {
+            if let Some((planes, bits)) = ternary_table(checkpoint, table) {
+                print_line!("the {name} is ternary: planes {planes}, {bits:.3} bits per weight")?;
+            }
+        }
+        return Ok(());
     }
     print_line!("{weights} weights would become ternary (groups of 64):")?;
     for format in CodeFormat::ALL {
@@ -117,6 +123,18 @@ fn print_ternary(checkpoint: &Checkpoint) -> io::Result<()> {
         print_line!("  {format}  {:>10}  {bits:.3} bits per weight", bytes(size))?;
     }
     Ok(())
+}
+
+/// Planes and bits per weight of a table, if it is ternary.
+fn ternary_table(checkpoint: &Checkpoint, table: TableName) -> Option<(usize, f64)> {
+    let planes = checkpoint.table_planes(table)?;
+    let parts = checkpoint.tensors().filter(|(name, _)| {
+        let part = name.strip_prefix(table.path()).and_then(|rest| rest.strip_prefix('.'));
+        part.is_some_and(|part| part != "weight")
+    });
+    let bytes: usize = parts.map(|(_, entry)| entry.bytes()).sum();
+    let weights: usize = table.shape(checkpoint.config()).iter().product();
+    Some((planes, 8.0 * bytes as f64 / weights as f64))
 }
 
 /// Bytes and bits per weight of all ternary matrices in groups of 64.
@@ -156,6 +174,7 @@ fn print_json(checkpoint: &Checkpoint, parts: &[Group]) -> io::Result<()> {
         "ternary_weights": ternary_weights(checkpoint),
         "ternary_bytes": ternary_bytes,
         "bits_per_weight": bits_per_weight,
+        "table_planes": checkpoint.table_planes(TableName::Embedding),
     });
     print_line!("{object:#}")
 }

@@ -7,13 +7,13 @@ use clap::Args;
 use ternoss::{
     Cpu,
     backends::CodeFormat,
-    calib::{self, Method, QuantizeOptions, Steps, check, quantize, ternary_weights},
-    model::Checkpoint,
+    calib::{self, Method, QuantizeOptions, Steps, check, quantize},
+    model::{Checkpoint, GptOssConfig},
     quant::{Granularity, TernaryConfig},
 };
 
 use super::{
-    Device, ModelArgs,
+    Device, ModelArgs, byte_size,
     calibration::{self, CalibrationArgs},
 };
 use crate::progress::{Progress, Unit};
@@ -41,7 +41,7 @@ pub(crate) struct QuantizeArgs {
     #[arg(long, default_value_t = 1)]
     planes: usize,
     /// Most bits a weight may cost on average, scales included: matrices that need it most get a second or third plane
-    #[arg(long, value_name = "BITS", conflicts_with = "planes")]
+    #[arg(long, value_name = "BITS", conflicts_with_all = ["planes", "target_size"])]
     bits_per_weight: Option<f64>,
     /// Tune every layer by gradients on its own output, for so many steps; kept only where that helps
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "40")]
@@ -55,6 +55,15 @@ pub(crate) struct QuantizeArgs {
     /// Packing of the trits: t2 (2 bits, fastest) or t5 (1.6 bits, smallest)
     #[arg(long, default_value_t = CodeFormat::T2)]
     format: CodeFormat,
+    /// Planes of a ternary embedding and output layer: 1, 2 or 3; without it they stay as they are
+    #[arg(long, value_name = "PLANES")]
+    table_planes: Option<usize>,
+    /// Experts that each layer keeps: those that matter most for the calibration text; without it, all
+    #[arg(long, value_name = "N")]
+    keep_experts: Option<usize>,
+    /// Size of the whole folder, such as 1.5GB: makes embedding and output layer ternary and drops experts until it fits
+    #[arg(long, value_name = "SIZE", value_parser = byte_size)]
+    target_size: Option<u64>,
     /// Replace the output folder if it exists
     #[arg(long)]
     overwrite: bool,
@@ -85,8 +94,12 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         planes: args.planes,
         bits_per_weight: args.bits_per_weight,
         distill: args.distill,
+        table_planes: args.table_planes,
+        keep_experts: args.keep_experts,
+        target_size: args.target_size,
         overwrite: args.overwrite,
     };
+    let options = options.resolved(&checkpoint)?;
     let looks_at_text = options.look_at_text();
     ensure!(
         looks_at_text || !args.calibration.is_given(),
@@ -94,6 +107,9 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         args.method
     );
     check(&checkpoint, &args.output, &options)?;
+    if options.target_size.is_some() {
+        eprintln!("{}", chosen(&options, checkpoint.config()));
+    }
     let traces = calibration::traces_file(&args.output);
     let calibration = match looks_at_text {
         true => Some(args.calibration.windows(&args.model, &checkpoint, Some(&traces), options.distill)?),
@@ -113,14 +129,14 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     Ok(())
 }
 
-/// Runs a quantization and shows how far it has come.
+/// Runs a quantization with options that are [resolved](QuantizeOptions::resolved), and shows how far it has come.
 pub(super) fn with_progress<T>(
     name: &str,
     checkpoint: &Checkpoint,
     options: &QuantizeOptions,
     run: impl FnOnce(&(dyn Fn(calib::Progress) + Sync)) -> T,
 ) -> T {
-    let weights = Progress::new(name, ternary_weights(checkpoint) as u64, Unit::Count("weights"));
+    let weights = Progress::new(name, options.weights(checkpoint) as u64, Unit::Count("weights"));
     let layers = OnceLock::new();
     let steps = OnceLock::new();
     run(&|event| match event {
@@ -134,4 +150,15 @@ pub(super) fn with_progress<T>(
             steps.get_or_init(|| Progress::new("distill", options.distill as u64, Unit::Count("steps"))).advance(1);
         }
     })
+}
+
+/// What a target size comes down to.
+fn chosen(options: &QuantizeOptions, config: &GptOssConfig) -> String {
+    let tables = match options.table_planes {
+        Some(planes) => format!("ternary (planes: {planes})"),
+        None => "as they are".into(),
+    };
+    let all = config.num_local_experts;
+    let kept = options.keep_experts.unwrap_or(all);
+    format!("to fit that size: embedding and output layer {tables}, {kept} of {all} experts a layer")
 }

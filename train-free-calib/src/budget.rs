@@ -20,12 +20,8 @@ use ternoss_model::{
 use ternoss_quant::{BitLinear, Linear, TernaryTensor};
 
 use crate::{
-    CalibError, Calibration, Steps,
-    distill::embed,
-    layer::{add_rows, dense_linear, visits},
-    levels::MAX_PLANES,
-    solution::host,
-    ternarize::Recipe,
+    CalibError, Calibration, Steps, activations::add_rows, distill::embed, layer::dense_linear, levels::MAX_PLANES,
+    solution::host, ternarize::Recipe, visits::visits,
 };
 
 /// Ternary tensors of a layer: q, k, v, o, then all gate_up and all down matrices of the experts.

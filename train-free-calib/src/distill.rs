@@ -7,7 +7,7 @@
 use std::f64::consts::PI;
 
 use burn::{
-    module::{AutodiffModule, Param},
+    module::{AutodiffModule, Module, Param},
     nn::RmsNorm,
     optim::GradientsParams,
     tensor::{Tensor, TensorData, activation::log_softmax},
@@ -27,7 +27,8 @@ use ternoss_model::{
 
 use crate::{
     CalibError, Calibration,
-    layer::{TernaryLayer, add_rows},
+    activations::add_rows,
+    layer::TernaryLayer,
     report::HeldOut,
     solution::host,
     tuned::{Tuned, TunedLayer},
@@ -175,7 +176,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
     /// The mean divergence from the full-precision model's predictions, and its gradient by the residual streams after the
     /// last layer; tunes the last norm on the way.
     fn loss(&mut self, batch: &[usize], last: Vec<Tensor<B, 2>>, learning_rate: f64) -> (f64, Vec<Tensor<B, 2>>) {
-        let head = Table::<Autodiff<B>>::from_inner(self.heads[1].clone());
+        let head = Table::<Autodiff<B>>::from_inner(self.heads[1].clone()).no_grad();
         let norm = RmsNorm::<Autodiff<B>>::from_inner(self.norm.clone());
         let norm = RmsNorm { gamma: Param::initialized(norm.gamma.id, self.tuned_norm.value(0)), ..norm };
         let (mut divergence, mut tokens) = (0.0, 0);

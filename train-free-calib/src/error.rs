@@ -97,6 +97,48 @@ pub enum CalibError {
         /// The least that is possible with these scales and this packing.
         least: f64,
     },
+    /// Experts were to be chosen and there is no text to measure them on.
+    #[error("keeping {keep} experts a layer needs a calibration text that shows which ones matter")]
+    NoTextToChoose {
+        /// Experts to keep.
+        keep: usize,
+    },
+    /// A number of experts that the model cannot do with, or does not have.
+    #[error("{keep} experts to keep: this model sends a token to {least} experts and has {all} a layer")]
+    KeepExperts {
+        /// The number asked for.
+        keep: usize,
+        /// The fewest possible.
+        least: usize,
+        /// All there are.
+        all: usize,
+    },
+    /// A number of planes that a table cannot have.
+    #[error("{planes} planes for embedding and output layer: 1 to {most} are possible")]
+    TablePlanes {
+        /// The number asked for.
+        planes: usize,
+        /// The most possible.
+        most: usize,
+    },
+    /// A size that cannot be reached.
+    #[error("a folder of {target} bytes is not possible with this packing: the smallest has {smallest}")]
+    TargetSize {
+        /// Bytes asked for.
+        target: u64,
+        /// The least possible.
+        smallest: u64,
+    },
+    /// The folder turned out larger than computed.
+    #[error("{folder} is whole, but it has {found} bytes, more than the {target} asked for")]
+    TargetMissed {
+        /// The output.
+        folder: String,
+        /// Bytes asked for.
+        target: u64,
+        /// Bytes there are.
+        found: u64,
+    },
     /// A granularity that the method cannot do.
     #[error("one scale a matrix is for absmean only: {method} needs one a row, or one a group")]
     OneScale {

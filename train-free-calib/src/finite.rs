@@ -5,7 +5,7 @@ use std::fmt;
 use rayon::prelude::*;
 use ternoss_backends::TernaryBackend;
 
-use crate::{CalibError, layer::Activations, solution::host};
+use crate::{CalibError, activations::Activations, solution::host};
 
 /// One of the two models that run side by side in a calibration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +57,9 @@ mod tests {
             vec![Tensor::<Flex, 2>::zeros([2, 2], &Default::default()), Tensor::from_data(values, &Default::default())]
         };
         let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
-        let check =
-            |teacher, student| Activations { teacher: window(teacher), student: window(student) }.expect_finite(7);
+        let check = |teacher, student| {
+            Activations { teacher: window(teacher), student: window(student), calibrated: 1 }.expect_finite(7)
+        };
         check(f32::MIN, 0.0).unwrap();
         for value in bad {
             for (teacher, student, expected) in [(value, 0.0, Side::Teacher), (0.0, value, Side::Student)] {

@@ -2,10 +2,10 @@
 
 use burn::{
     module::Param,
-    tensor::{IndexingUpdateOp, Int, Tensor, TensorData},
+    tensor::{IndexingUpdateOp, Tensor, TensorData},
 };
 use rayon::prelude::*;
-use ternoss_backends::{ClampedSwiGlu, TernaryBackend, TernaryWeight, reference::clamped_swiglu, round_activations};
+use ternoss_backends::{ClampedSwiGlu, TernaryBackend, reference::clamped_swiglu, round_activations};
 use ternoss_model::{
     Checkpoint, ExpertPlacement, LoadOptions,
     cache::LayerCache,
@@ -13,76 +13,24 @@ use ternoss_model::{
     experts::{Experts, PackedExperts},
     layer::Layer,
     rope::RotaryEmbedding,
-    router::Routing,
-    table::Table,
 };
-use ternoss_quant::{BitLinear, BitWeight, Linear, PackedTernary, TernaryTensor};
+use ternoss_quant::{BitLinear, Linear, PackedTernary, TernaryTensor};
 
 use crate::{
-    CalibError, Calibration,
+    CalibError,
+    activations::{Activations, add_rows},
     budget::LayerPlanes,
-    distill::embed,
     moments::{Moments, Statistics},
-    reconstruct::Block,
+    prune,
+    reconstruct::{Block, neighbours},
     report::{LayerReport, MatrixReport},
     solution::host,
     ternarize::{Recipe, rotate_rows},
+    visits::{Visits, visits},
 };
 
 /// Experts in work at the same time: bounds memory whatever the number of threads.
-const EXPERTS_AT_ONCE: usize = 4;
-
-/// The residual stream of every window of the calibration text, `[tokens, hidden]` each: as the full-precision model has
-/// it, and as the model has it whose layers so far are ternary.
-pub(crate) struct Activations<B: TernaryBackend> {
-    pub(crate) teacher: Vec<Tensor<B, 2>>,
-    pub(crate) student: Vec<Tensor<B, 2>>,
-    /// How many of the windows are calibrated on; the others come after them and are held out.
-    pub(crate) calibrated: usize,
-}
-
-impl<B: TernaryBackend> Activations<B> {
-    /// The residual stream before the first layer.
-    pub(crate) fn embed(
-        checkpoint: &Checkpoint,
-        calibration: &Calibration,
-        device: &B::Device,
-    ) -> Result<Self, CalibError> {
-        let table = Table::<B>::embedding(checkpoint, device)?;
-        let embed = |window: &Vec<u32>| embed(&table, window, device);
-        let teacher: Vec<_> = calibration.windows().iter().map(embed).collect();
-        Ok(Self { student: teacher.clone(), teacher, calibrated: calibration.calibrated() })
-    }
-
-    /// Both streams as bytes, to go on from after an interruption.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        let windows = self.teacher.iter().chain(&self.student);
-        windows.flat_map(|window| host(window.clone())).flat_map(f32::to_le_bytes).collect()
-    }
-
-    /// Takes over what [`to_bytes`](Self::to_bytes) gave; `false` if it is not of this size.
-    pub(crate) fn set_bytes(&mut self, bytes: &[u8]) -> bool {
-        let (floats, rest) = bytes.as_chunks::<4>();
-        let sizes = self.teacher.iter().chain(&self.student).map(|window| window.dims());
-        if !rest.is_empty() || floats.len() != sizes.map(|[tokens, hidden]| tokens * hidden).sum::<usize>() {
-            return false;
-        }
-        let mut left = floats;
-        for window in self.teacher.iter_mut().chain(&mut self.student) {
-            let shape = window.dims();
-            let (own, after) = left.split_at(shape[0] * shape[1]);
-            let values: Vec<f32> = own.iter().map(|float| f32::from_le_bytes(*float)).collect();
-            *window = Tensor::from_data(TensorData::new(values, shape), &window.device());
-            left = after;
-        }
-        true
-    }
-
-    /// Tokens a window.
-    fn context(&self) -> usize {
-        self.teacher.first().map_or(0, |window| window.dims()[0])
-    }
-}
+pub(crate) const EXPERTS_AT_ONCE: usize = 4;
 
 /// A float tensor that calibration changed: name, shape, values.
 pub(crate) type ChangedFloats = (String, Vec<usize>, Vec<f32>);
@@ -106,16 +54,6 @@ pub(crate) struct LayerCalibration<'a, B: TernaryBackend> {
     teacher: Layer<B>,
     student: Layer<B>,
     result: TernaryLayer,
-}
-
-/// Tokens of an expert: where they stand among all tokens, and what it counts for them.
-pub(crate) struct Visits<B: TernaryBackend> {
-    pub(crate) rows: Tensor<B, 1, Int>,
-    /// `[n, 1]`
-    pub(crate) weights: Tensor<B, 2>,
-    pub(crate) count: usize,
-    /// How many of them, the first, are calibrated on.
-    calibrated: usize,
 }
 
 impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
@@ -168,7 +106,9 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
             rope_of_gradients: &rope.tables(0..activations.context(), self.device),
             window: config.window(self.number),
         };
-        let (report, result) = block.reconstruct(&self.student, self.neighbours()?, steps)?;
+        let numbers = self.experts_of_student();
+        let toward = neighbours(self.checkpoint, self.number, &self.student, &numbers, self.device)?;
+        let (report, result) = block.reconstruct(&self.student, toward, steps)?;
         self.result.report.reconstruction = Some(report);
         let Some(hard) = result else { return Ok(()) };
         for (x, input) in activations.student.iter_mut().zip(inputs) {
@@ -180,39 +120,9 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         Ok(())
     }
 
-    /// Where each trit may go, for every plane of every matrix: from 0 to the sign of what is missing, back to 0 otherwise.
-    fn neighbours(&self) -> Result<Vec<Tensor<B, 2>>, CalibError> {
-        let config = self.checkpoint.config();
-        let mut all = Vec::new();
-        let mut add =
-            |[in_features, rows]: [usize; 2], mut weight: Vec<f32>, packed: TernaryWeight<B>, matrix: usize| {
-                if let Some(rotation) = packed.layout.rotation {
-                    rotate_rows(&mut weight, in_features, rotation);
-                }
-                let weight = Tensor::<B, 2>::from_data(TensorData::new(weight, [rows, in_features]), self.device);
-                let missing = (weight - packed.to_dense(matrix)).sign();
-                for plane in 0..packed.layout.planes {
-                    let (trits, _) = packed.parts(matrix, plane);
-                    let zero = trits.clone().equal_elem(0.0).float();
-                    all.push(missing.clone() * zero - trits);
-                }
-            };
-        for (name, linear) in LinearName::ALL.into_iter().zip(self.student.self_attn.projections()) {
-            let shape @ [in_features, rows] = name.shape(config);
-            let weight = self.checkpoint.floats(&format!("{}.weight", name.path(self.number)), &[rows, in_features])?;
-            if let Linear::Ternary(BitLinear { weight: BitWeight::Packed(packed), .. }) = linear {
-                add(shape, weight, packed.weight(), 0);
-            }
-        }
-        if let Experts::Ternary(packed) = &self.student.mlp.experts {
-            for expert in 0..config.num_local_experts {
-                for (matrix, tensor) in ExpertMatrix::ALL.into_iter().zip([&packed.gate_up_proj, &packed.down_proj]) {
-                    let weight = self.checkpoint.expert_rows(self.number, matrix, expert)?;
-                    add(matrix.shape(config), weight, tensor.weight(), expert);
-                }
-            }
-        }
-        Ok(all)
+    /// The numbers that the student's experts have in the checkpoint.
+    fn experts_of_student(&self) -> Vec<usize> {
+        prune::those_that_stay(&self.result.report.kept, self.checkpoint)
     }
 
     fn attention(&mut self, activations: &mut Activations<B>) -> Result<(), CalibError> {
@@ -292,9 +202,23 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let teacher_in = norm(&self.teacher, &activations.teacher);
         let student_in = norm(&self.student, &activations.student);
         let config = self.checkpoint.config();
-        let experts = config.num_local_experts;
         let calibrated = activations.calibrated * activations.context();
-        let visits = visits(self.teacher.mlp.router.forward(teacher_in.clone()), experts, calibrated, self.device);
+        // Where experts are dropped, the teacher still has them all; whatever is measured goes by the smaller router.
+        let router = &self.teacher.mlp.router;
+        let selection = match self.recipe.keep_experts {
+            Some(keep) => {
+                let of = (self.checkpoint, self.number);
+                Some(prune::select(of, router, &teacher_in, calibrated, keep, self.device)?)
+            }
+            None => None,
+        };
+        if let Some(selection) = &selection {
+            self.student.mlp.router = router.kept(&prune::numbers(&selection.kept));
+            self.result.report.kept.clone_from(&selection.kept);
+        }
+        let numbers = self.experts_of_student();
+        let experts = numbers.len();
+        let visits = visits(self.student.mlp.router.forward(teacher_in.clone()), experts, calibrated, self.device);
         let (seen, target) = (self.seen(student_in.clone()), self.rotated(teacher_in.clone()));
         let mut whole = Moments::new(config.hidden_size, self.device);
         whole.add(seen.clone().slice_dim(0, 0..calibrated), target.clone().slice_dim(0, 0..calibrated), None);
@@ -306,7 +230,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         for first in (0..experts).step_by(EXPERTS_AT_ONCE) {
             let batch: Result<Vec<_>, CalibError> = (first..(first + EXPERTS_AT_ONCE).min(experts))
                 .into_par_iter()
-                .map(|number| self.both_matrices(number, &visits[number], &inputs))
+                .map(|at| self.both_matrices(numbers[at], &visits[at], &inputs))
                 .collect();
             for (made, visits) in batch?.into_iter().zip(&visits[first..]) {
                 if let Some(part) = made.output {
@@ -322,7 +246,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         }
         self.finish_experts(packed, biases, activation)?;
         drop(inputs);
-        add_rows(&mut activations.teacher, output);
+        add_rows(&mut activations.teacher, selection.map_or(output, |selection| selection.output));
         let Layer { post_attention_layernorm, mlp, .. } = &self.student;
         for x in &mut activations.student {
             *x = x.clone() + mlp.forward(post_attention_layernorm.forward(x.clone()));
@@ -405,7 +329,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         biases: [Vec<Vec<f32>>; 2],
         activation: ClampedSwiGlu,
     ) -> Result<(), CalibError> {
-        let experts = self.checkpoint.config().num_local_experts;
+        let experts = packed[0].len();
         let mut parts = Vec::new();
         for ((matrix, packed), biases) in ExpertMatrix::ALL.into_iter().zip(packed).zip(biases) {
             let path = matrix.path(self.number);
@@ -467,46 +391,6 @@ struct MadeExpert<B: TernaryBackend> {
     packed: PackedTernary,
     bias: Vec<f32>,
     report: MatrixReport,
-}
-
-/// Adds the rows of `output` to the windows, in order.
-pub(crate) fn add_rows<B: TernaryBackend>(windows: &mut [Tensor<B, 2>], output: Tensor<B, 2>) {
-    let mut first = 0;
-    for window in windows {
-        let tokens = window.dims()[0];
-        *window = window.clone() + output.clone().slice_dim(0, first..first + tokens);
-        first += tokens;
-    }
-}
-
-/// Which tokens go to which expert, in their order; the first `calibrated` tokens are calibrated on.
-pub(crate) fn visits<B: TernaryBackend>(
-    routing: Routing<B>,
-    experts: usize,
-    calibrated: usize,
-    device: &B::Device,
-) -> Vec<Visits<B>> {
-    let k = routing.indices.dims()[1];
-    let chosen: Vec<i64> = routing.indices.into_data().iter::<i64>().collect();
-    let weights = host(routing.weights);
-    let mut tokens = vec![(Vec::new(), Vec::new()); experts];
-    for (slot, expert) in chosen.into_iter().enumerate() {
-        if let Some((rows, shares)) = usize::try_from(expert).ok().and_then(|expert| tokens.get_mut(expert)) {
-            rows.push((slot / k) as i64);
-            shares.push(weights[slot]);
-        }
-    }
-    let visits = tokens.into_iter().map(|(rows, shares)| {
-        let count = rows.len();
-        let calibrated = rows.partition_point(|row| (*row as usize) < calibrated);
-        Visits {
-            rows: Tensor::from_data(TensorData::new(rows, [count]), device),
-            weights: Tensor::from_data(TensorData::new(shares, [count, 1]), device),
-            count,
-            calibrated,
-        }
-    });
-    visits.collect()
 }
 
 /// A full-precision linear from the rows of its weight.

@@ -12,13 +12,22 @@
 //! | `compensate` | ternary GPTQ |
 //! | `refine` | scales in closed form, greedy changes of single trits (stage 2) |
 //! | `ternarize` | all of them on one matrix |
+//! | `activations` | both models' residual streams |
+//! | `visits` | which tokens go to which expert |
+//! | `prune` | which experts stay, where only some may |
+//! | `tables` | embedding and output layer made ternary |
 //! | `layer` | one layer: attention, then experts, the full-precision model beside the ternary one |
 //! | `step` | one weight file: a layer, with or without a text |
-//! | `pipeline` | all of them, and the folder |
+//! | `size` | how large the folder becomes, and what to give up so that it fits |
+//! | `reconstruct`, `tuned`, `hard` | a layer tuned by gradients on its own output, and packed again |
+//! | `distill` | the whole model tuned on the full-precision model's predictions |
+//! | `pipeline` | all of them |
+//! | `folder` | what stands beside the weights |
 //! | `finite` | the check after each layer |
 //! | `report`, `summary`, `picture` | what was done: as JSON, as text, as an SVG |
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+mod activations;
 mod budget;
 mod calibration;
 mod canvas;
@@ -26,6 +35,7 @@ mod compensate;
 mod distill;
 mod error;
 mod finite;
+mod folder;
 mod hard;
 mod layer;
 mod levels;
@@ -34,15 +44,19 @@ mod method;
 mod moments;
 mod picture;
 mod pipeline;
+mod prune;
 mod reconstruct;
 mod refine;
 mod report;
+mod size;
 mod solution;
 mod step;
 mod summary;
+mod tables;
 mod ternarize;
 mod traces;
 mod tuned;
+mod visits;
 
 pub use calibration::{Calibration, Shortage};
 pub use distill::WINDOWS_PER_STEP;
@@ -51,5 +65,7 @@ pub use finite::Side;
 pub use levels::MAX_PLANES;
 pub use method::{Method, Steps};
 pub use pipeline::{Progress, QuantizeOptions, check, quantize, ternary_weights};
+pub use prune::KeptExpert;
 pub use report::{Distilled, ExpertLoads, HeldOut, LayerReport, MatrixReport, PartBytes, Reconstruction, Report};
+pub use size::Reduction;
 pub use traces::{TraceOptions, Traces};

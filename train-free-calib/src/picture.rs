@@ -53,7 +53,8 @@ fn headline(canvas: &mut Canvas, report: &Report) {
     if report.calibration_tokens > 0 {
         let _ = write!(about, ", calibrated on {} tokens", report.calibration_tokens);
     }
-    for line in [report.recipe() + &left_out(report), about] {
+    let lines = [report.recipe() + &left_out(report), about];
+    for line in lines.into_iter().chain(given_up(report)) {
         canvas.bottom += 24.0;
         canvas.text(MARGIN, canvas.bottom, Font::BODY, &line);
     }
@@ -63,6 +64,16 @@ fn headline(canvas: &mut Canvas, report: &Report) {
         (readable_size(report.bytes()), "size of all weights"),
         (format!("{:.4}", report.mean_relative_error()), "mean error of the layers"),
     ]);
+}
+
+/// What was given up for size, if anything.
+fn given_up(report: &Report) -> Option<String> {
+    let reduction = report.reduction.as_ref()?;
+    let kept = format!("{} of {} experts a layer", reduction.experts_kept, reduction.experts_before);
+    let tables = reduction.table_planes.map(|planes| format!("ternary embedding and output layer, planes: {planes}"));
+    let experts = (reduction.experts_kept < reduction.experts_before).then_some(kept);
+    let what: Vec<String> = experts.into_iter().chain(tables).collect();
+    (!what.is_empty()).then(|| what.join("; "))
 }
 
 /// The method's steps that this report went without.
@@ -244,7 +255,7 @@ mod tests {
     use roxmltree::{Document, Node};
 
     use super::*;
-    use crate::{LayerReport, MatrixReport, Method, PartBytes};
+    use crate::{LayerReport, MatrixReport, Method, PartBytes, Reduction};
 
     fn report(layers: usize, experts: usize, held_out: bool) -> Report {
         let matrix =
@@ -258,7 +269,8 @@ mod tests {
                 matrix(format!("model.layers.{i}.mlp.experts.{kind}_proj.{expert}"), 0.001 * (expert % 90) as f64)
             });
             let matrices = attention.chain(experts_all).collect();
-            LayerReport { matrices, expert_tokens: (0..experts).map(|expert| expert * i * 40).collect() }
+            let expert_tokens = (0..experts).map(|expert| expert * i * 40).collect();
+            LayerReport { matrices, expert_tokens, ..LayerReport::default() }
         };
         let layers: Vec<_> = (0..layers).map(layer).collect();
         let parts: PartBytes = Part::ALL.iter().enumerate().map(|(i, part)| (*part, i * i * 987_654_321)).collect();
@@ -271,12 +283,24 @@ mod tests {
             top_1: 1.0,
         };
         let method = Method::Ternoss;
+        let reduction = Reduction {
+            target_bytes: None,
+            table_planes: Some(2),
+            table_bytes: 0,
+            tables: Vec::new(),
+            experts_kept: experts,
+            experts_before: 2 * experts,
+            importance_tokens: 12_345_678,
+            warning: None,
+        };
         Report {
             method,
             steps: crate::Steps { rotation: false, sweeps: 0, bias: false, ..method.steps() },
             ternary: ternoss_quant::TernaryConfig::default(),
             planes: 2,
             calibration_tokens: 12_345_678,
+            run: String::new(),
+            distillation: None,
             ternary_weights: 116_829_156_672,
             parameters: 116_829_156_672,
             ternary_bytes,
@@ -286,6 +310,7 @@ mod tests {
             bits_per_parameter: 11.125,
             expert_loads: ExpertLoads::of(&layers, 14_400),
             held_out: held_out.then_some(figures),
+            reduction: held_out.then_some(reduction),
             layers,
         }
     }

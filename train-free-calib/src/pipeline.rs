@@ -1,25 +1,28 @@
 //! The streaming pipeline: checkpoint in, ternary folder out.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 use ternoss_backends::{Rotation, TernaryBackend};
 use ternoss_model::{
-    Checkpoint, GptOss,
-    checkpoint::{CONFIG_FILE, ExpertMatrix, FolderWriter, LinearName, fingerprint},
-    config::{FORMAT_VERSION, Quantization, TERNOSS, TernaryQuantization},
+    Checkpoint, GptOss, GptOssConfig,
+    checkpoint::{FolderWriter, fingerprint},
+    config::Quantization,
     perplexity::Comparison,
+    table::Table,
 };
 use ternoss_quant::{Granularity, TernaryConfig};
 
 use crate::{
     CalibError, Calibration, Method, Report, Steps,
+    activations::Activations,
     budget::{Plan, TENSORS, sensitivity},
     distill::Distillation,
-    layer::{Activations, TernaryLayer},
+    folder::{bytes_in, check_folders, finish, quantization_config, read_config, with_suffix},
+    layer::TernaryLayer,
     levels::MAX_PLANES,
-    picture::{PICTURE_FILE, picture},
-    report::{Distilled, HeldOut, PartBytes, REPORT_FILE},
+    report::{Distilled, HeldOut, PartBytes},
+    size::{layer_weights, table_weights},
     step::{Done, Job, activations_file, write_changed},
     ternarize::Recipe,
 };
@@ -40,6 +43,12 @@ pub struct QuantizeOptions {
     pub bits_per_weight: Option<f64>,
     /// Steps of distillation after the last layer: 0 for none.
     pub distill: usize,
+    /// Planes of embedding and output layer, 1 to 3; `None` leaves them as the checkpoint has them.
+    pub table_planes: Option<usize>,
+    /// Experts that each layer keeps, the most important ones on the calibration text; `None` for all.
+    pub keep_experts: Option<usize>,
+    /// Bytes that the whole folder may take: see [`resolved`](Self::resolved).
+    pub target_size: Option<u64>,
     /// Whether an existing output may be replaced.
     pub overwrite: bool,
 }
@@ -59,11 +68,6 @@ pub enum Progress {
 }
 
 impl QuantizeOptions {
-    /// Whether a calibration text is needed.
-    pub fn look_at_text(&self) -> bool {
-        self.steps.look_at_text() || self.distill > 0 || self.bits_per_weight.is_some()
-    }
-
     /// A method with all its steps, one plane.
     pub fn new(method: Method) -> Self {
         Self {
@@ -73,6 +77,9 @@ impl QuantizeOptions {
             planes: 1,
             bits_per_weight: None,
             distill: 0,
+            table_planes: None,
+            keep_experts: None,
+            target_size: None,
             overwrite: false,
         }
     }
@@ -81,32 +88,18 @@ impl QuantizeOptions {
 /// Planes of every matrix, for a run that goes on.
 const PLAN_FILE: &str = "plan.json";
 
-/// Files beside the weights that a ternary folder keeps.
-const COMPANIONS: [&str; 7] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "LICENSE",
-    "USAGE_POLICY",
-];
-
-/// Weights of a model that a quantization makes ternary.
+/// Weights of attention and experts, which a quantization of all of them makes ternary.
 pub fn ternary_weights(checkpoint: &Checkpoint) -> usize {
-    let config = checkpoint.config();
-    let size = |[in_features, out_features]: [usize; 2]| in_features * out_features;
-    let attention: usize = LinearName::ALL.iter().map(|linear| size(linear.shape(config))).sum();
-    let expert: usize = ExpertMatrix::ALL.iter().map(|matrix| size(matrix.shape(config))).sum();
-    config.num_hidden_layers() * (attention + config.num_local_experts * expert)
+    checkpoint.config().num_hidden_layers() * layer_weights(checkpoint, None)
 }
 
 /// Makes a checkpoint ternary and writes it to `output`, one weight file a layer; `progress` hears of the weights that
-/// became ternary. Methods that look at a text need `calibration`.
+/// became ternary. Methods that look at a text need `calibration`, and so do leaving out experts and distillation.
 ///
 /// Peak memory without a text is one layer's packed weights and four expert matrices in f32 with their temporaries:
 /// 0.8 GB for gpt-oss-20b. With a text it is a layer's packed weights, four experts in f32, and eight or nine
-/// copies of the text's residual stream. Every tensor is scanned for NaN and infinity. The output is whole or not there (see [`FolderWriter`]).
+/// copies of the text's residual stream. Ternary tables are in memory packed while they are written. Every tensor is scanned
+/// for NaN and infinity. The output is whole or not there (see [`FolderWriter`]).
 /// A run that was killed goes on at the first layer that was not done, and gives the same bytes. Distillation starts anew:
 /// until it is done the model before it stands beside the output, as `OUTPUT.undistilled`.
 ///
@@ -121,27 +114,42 @@ pub fn quantize<B: TernaryBackend>(
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Report, CalibError> {
     check(checkpoint, output, options)?;
+    let options = &options.resolved(checkpoint)?;
     let recipe = recipe(options)?;
     let weights = |weights| progress(Progress::Weights(weights));
     let job = Job::<B> { checkpoint, recipe, plan: None, device, progress: &weights };
     let calibration = calibration.filter(|_| options.look_at_text());
-    let settings = settings(checkpoint, &recipe, options, calibration);
-    let Some(calibration) = calibration.filter(|_| options.distill > 0) else {
-        return calibrate(&job, output, options, calibration, &settings, progress);
+    let report = match options.distill {
+        0 => calibrate(&job, output, options, calibration, progress)?,
+        _ => calibrate_and_distill(&job, output, options, calibration, progress)?,
     };
-    if calibration.held_out().is_empty() {
-        return Err(CalibError::NothingHeldOut);
+    let found = bytes_in(output);
+    match options.target_size.filter(|target| found > *target) {
+        Some(target) => Err(CalibError::TargetMissed { folder: output.display().to_string(), target, found }),
+        None => Ok(report),
     }
+}
+
+/// The model before distillation, made now or left of an earlier run, then distilled.
+fn calibrate_and_distill<B: TernaryBackend>(
+    job: &Job<'_, B>,
+    output: &Path,
+    options: &QuantizeOptions,
+    calibration: Option<&Calibration>,
+    progress: &dyn Fn(Progress),
+) -> Result<Report, CalibError> {
+    let judged = |calibration: &&Calibration| !calibration.held_out().is_empty();
+    let calibration = calibration.filter(judged).ok_or(CalibError::NothingHeldOut)?;
     let undistilled = with_suffix(output, ".undistilled");
-    let finished = Report::read(&undistilled).filter(|report| report.run == fingerprint_of(&settings));
-    let report = match finished {
+    let run = fingerprint_of(&settings(job.checkpoint, &job.recipe, options, Some(calibration)));
+    let report = match Report::read(&undistilled).filter(|report| report.run == run) {
         Some(report) => {
-            weights(ternary_weights(checkpoint));
+            (job.progress)(options.weights(job.checkpoint));
             report
         }
-        None => calibrate(&job, &undistilled, options, Some(calibration), &settings, progress)?,
+        None => calibrate(job, &undistilled, options, Some(calibration), progress)?,
     };
-    let report = distill(&job, &undistilled, output, options, calibration, report, progress)?;
+    let report = distill(job, &undistilled, output, options, calibration, report, progress)?;
     // A model that stays only takes space.
     let _ = std::fs::remove_dir_all(&undistilled);
     Ok(report)
@@ -153,19 +161,35 @@ fn calibrate<B: TernaryBackend>(
     output: &Path,
     options: &QuantizeOptions,
     calibration: Option<&Calibration>,
-    settings: &Value,
-    progress: &(dyn Fn(Progress) + Sync),
+    progress: &dyn Fn(Progress),
 ) -> Result<Report, CalibError> {
     let &Job { checkpoint, ref recipe, device, .. } = job;
-    let mut activations = match calibration.filter(|_| recipe.steps.look_at_text()) {
-        Some(calibration) => Some(Activations::embed(checkpoint, calibration, device)?),
-        None if recipe.steps.look_at_text() => return Err(CalibError::NoText { method: recipe.method }),
-        None => None,
+    let settings = settings(checkpoint, recipe, options, calibration);
+    let fits = recipe.steps.look_at_text();
+    let calibration = calibration.filter(|_| fits || options.look_at_text());
+    let mut activations = match (calibration, recipe.keep_experts) {
+        (Some(calibration), _) if fits => Some(Activations::embed(checkpoint, calibration, device)?),
+        // Only the full-precision stream goes through the layers.
+        (Some(calibration), _) => Some(Activations::embed(checkpoint, calibration, device)?.without_student()),
+        (None, _) if fits => return Err(CalibError::NoText { method: recipe.method }),
+        (None, Some(keep)) => return Err(CalibError::NoTextToChoose { keep }),
+        (None, None) => None,
     };
     let config = read_config(checkpoint)?;
     let layers = checkpoint.config().num_hidden_layers();
-    let (mut writer, mut done) = FolderWriter::resume::<Done>(output, layers + 1, options.overwrite, settings)?;
+    let (mut writer, mut done) = FolderWriter::resume::<Done>(output, layers + 1, options.overwrite, &settings)?;
     let layers_done = done.len().saturating_sub(1);
+    progress(Progress::Weights(layer_weights(checkpoint, recipe.keep_experts) * layers_done));
+    if !done.is_empty() && recipe.table_planes.is_some() {
+        progress(Progress::Weights(table_weights(checkpoint)));
+    }
+    if done.is_empty() {
+        done.push(take_step(job, 0, None, &mut writer)?);
+    }
+    let tables = ternary_tables(checkpoint, recipe, &writer)?;
+    if let (Some(activations), Some(calibration), Some(tables), true) = (&mut activations, calibration, &tables, fits) {
+        activations.embed_student(&Table::embedding(tables, device)?, calibration, device);
+    }
     if let (Some(activations), 1..) = (&mut activations, layers_done) {
         let name = activations_file(layers_done);
         if !activations.set_bytes(&writer.read(&name)?) {
@@ -177,22 +201,20 @@ fn calibrate<B: TernaryBackend>(
         _ => None,
     };
     let job = &Job { plan, ..*job };
-    progress(Progress::Weights(ternary_weights(checkpoint) / layers * layers_done));
     for step in done.len()..=layers {
-        let finished = job.step(step, activations.as_mut(), &mut writer)?;
-        writer.commit(step, &json!(finished))?;
-        writer.remove(&activations_file(step.saturating_sub(1)));
-        done.push(finished);
+        done.push(take_step(job, step, activations.as_mut(), &mut writer)?);
     }
     // Any of them may be left of a run that was killed.
     (0..=layers).for_each(|layers| writer.remove(&activations_file(layers)));
     writer.remove(PLAN_FILE);
-    let mut report = Report::new(checkpoint, recipe, calibration.filter(|_| recipe.steps.look_at_text()), done);
+    let mut report = Report::new(checkpoint, recipe, options.target_size, calibration, done);
     report.planes = job.plan.as_ref().map_or(recipe.planes, Plan::most);
-    report.run = fingerprint_of(settings);
-    if let (Some(activations), Some(calibration)) = (activations, calibration) {
-        report.held_out = held_out(checkpoint, calibration, activations, device)?;
+    report.run = fingerprint_of(&settings);
+    if let (Some(activations), Some(calibration), true) = (activations, calibration, fits) {
+        report.held_out = held_out(checkpoint, tables.as_ref(), calibration, activations, device)?;
     }
+    // Its file is about to be renamed.
+    drop(tables);
     finish(checkpoint, config, &report, writer)?;
     Ok(report)
 }
@@ -212,7 +234,8 @@ fn plan<B: TernaryBackend>(
         return Ok(plan);
     }
     let bytes = job.recipe.plane_bytes(checkpoint.config());
-    let budget = bits_per_weight / 8.0 * ternary_weights(checkpoint) as f64;
+    let weights = layers * layer_weights(checkpoint, job.recipe.keep_experts);
+    let budget = bits_per_weight / 8.0 * weights as f64;
     let least = (bytes.iter().sum::<usize>() * layers) as f64;
     if budget < least {
         return Err(CalibError::Budget { bits_per_weight, least: least / budget * bits_per_weight });
@@ -228,9 +251,37 @@ fn plan<B: TernaryBackend>(
     Ok(plan)
 }
 
-/// Compares the two models on the windows that were held out.
+/// Makes a weight file and notes that it is done.
+fn take_step<B: TernaryBackend>(
+    job: &Job<'_, B>,
+    step: usize,
+    activations: Option<&mut Activations<B>>,
+    writer: &mut FolderWriter,
+) -> Result<Done, CalibError> {
+    let done = job.step(step, activations, writer)?;
+    writer.commit(step, &json!(done))?;
+    writer.remove(&activations_file(step.saturating_sub(1)));
+    Ok(done)
+}
+
+/// The ternary embedding and output layer, if they are to be ternary, from the first weight file, which stands.
+fn ternary_tables(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    writer: &FolderWriter,
+) -> Result<Option<Checkpoint>, CalibError> {
+    if recipe.table_planes.is_none() {
+        return Ok(None);
+    }
+    let quantization = quantization_config(recipe.method, &recipe.ternary, recipe.planes, 0.0);
+    let config = GptOssConfig { quantization: Quantization::Ternary(quantization), ..checkpoint.config().clone() };
+    Ok(Some(writer.written(0, config)?))
+}
+
+/// Compares the two models on the windows that were held out; the ternary one may have ternary tables.
 fn held_out<B: TernaryBackend>(
     checkpoint: &Checkpoint,
+    tables: Option<&Checkpoint>,
     calibration: &Calibration,
     activations: Activations<B>,
     device: &B::Device,
@@ -239,10 +290,14 @@ fn held_out<B: TernaryBackend>(
         return Ok(None);
     }
     let (norm, head) = GptOss::<B>::load_output(checkpoint, device)?;
+    let own_head = match tables {
+        Some(tables) => Table::output(tables, device)?,
+        None => head.clone(),
+    };
     let mut sum = Comparison::default();
     let streams = activations.student.into_iter().zip(activations.teacher).skip(activations.calibrated);
     for (window, (student, teacher)) in calibration.held_out().iter().zip(streams) {
-        sum.add((&head, norm.forward(student)), (&head, norm.forward(teacher)), window);
+        sum.add((&own_head, norm.forward(student)), (&head, norm.forward(teacher)), window);
     }
     Ok(Some(HeldOut::new(&sum, calibration.held_out().len() * calibration.context())))
 }
@@ -293,6 +348,8 @@ fn settings(
         "scales and packing": recipe.ternary,
         "planes": recipe.planes,
         "bits per weight": options.bits_per_weight,
+        "planes of the tables": recipe.table_planes,
+        "experts kept": recipe.keep_experts,
         "calibration text": calibration.map(Calibration::fingerprint),
         "model": checkpoint.stamp(),
     })
@@ -302,59 +359,19 @@ fn fingerprint_of(settings: &Value) -> String {
     format!("{:016x}", fingerprint(settings.to_string().into_bytes()))
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.file_name().unwrap_or(path.as_os_str()).to_owned();
-    name.push(suffix);
-    path.with_file_name(name)
-}
-
 /// Refuses what [`quantize`] would refuse before it starts: for callers with long work to do first.
 ///
 /// # Errors
 /// [`CalibError`]
 pub fn check(checkpoint: &Checkpoint, output: &Path, options: &QuantizeOptions) -> Result<(), CalibError> {
     check_folders(checkpoint, output)?;
-    recipe(options)?.check_layout(checkpoint)?;
+    recipe(&options.resolved(checkpoint)?)?.check_layout(checkpoint)?;
     Ok(FolderWriter::check(output, options.overwrite)?)
 }
 
-fn check_folders(checkpoint: &Checkpoint, output: &Path) -> Result<(), CalibError> {
-    if matches!(checkpoint.config().quantization, Quantization::Ternary(_)) {
-        return Err(CalibError::AlreadyTernary { folder: checkpoint.folder().display().to_string() });
-    }
-    let model = checkpoint.folder().canonicalize().ok();
-    let takes_its_place =
-        |path: &Path| path.canonicalize().ok().zip(model.as_ref()).is_some_and(|(a, b)| b.starts_with(a));
-    if takes_its_place(output) || takes_its_place(&FolderWriter::partial_of(output)) {
-        return Err(CalibError::OutputIsInput { folder: output.display().to_string() });
-    }
-    Ok(())
-}
-
-/// Writes what stands beside the weights, and makes the folder a model.
-fn finish(checkpoint: &Checkpoint, mut config: Value, report: &Report, writer: FolderWriter) -> Result<(), CalibError> {
-    for name in COMPANIONS {
-        writer.copy(checkpoint.folder(), name)?;
-    }
-    writer.file(REPORT_FILE, format!("{:#}\n", json!(report)).as_bytes())?;
-    writer.file(PICTURE_FILE, picture(report).as_bytes())?;
-    config["quantization_config"] = json!(TernaryQuantization {
-        quant_method: TERNOSS.into(),
-        version: FORMAT_VERSION,
-        method: report.method.to_string(),
-        format: report.ternary.format,
-        group_size: report.ternary.granularity.group_size(),
-        rotation: report.ternary.rotation,
-        planes: report.planes,
-        activation_bits: 8,
-        bits_per_weight: report.bits_per_weight,
-    });
-    Ok(writer.finish(&config)?)
-}
-
 /// What the options come down to.
-fn recipe(options: &QuantizeOptions) -> Result<Recipe, CalibError> {
-    let QuantizeOptions { method, steps, planes, .. } = *options;
+pub(crate) fn recipe(options: &QuantizeOptions) -> Result<Recipe, CalibError> {
+    let QuantizeOptions { method, steps, planes, table_planes, keep_experts, .. } = *options;
     let most = if method == Method::Ternoss { MAX_PLANES } else { 1 };
     if !(1..=most).contains(&planes) {
         return Err(CalibError::Planes { planes, method, most });
@@ -363,17 +380,13 @@ fn recipe(options: &QuantizeOptions) -> Result<Recipe, CalibError> {
         return Err(CalibError::OneScale { method });
     }
     let rotation = steps.rotation.then(Rotation::default);
-    Ok(Recipe { method, steps, ternary: TernaryConfig { rotation, ..options.ternary }, planes })
-}
-
-/// The model's `config.json` as it is, so that keys this project does not know survive.
-fn read_config(checkpoint: &Checkpoint) -> Result<Value, CalibError> {
-    let path = checkpoint.folder().join(CONFIG_FILE);
-    let broken = || CalibError::Config { path: path.display().to_string() };
-    let text = std::fs::read_to_string(&path).map_err(|_| broken())?;
-    let config: Value = serde_json::from_str(&text).map_err(|_| broken())?;
-    match config.is_object() {
-        true => Ok(config),
-        false => Err(broken()),
-    }
+    Ok(Recipe {
+        method,
+        steps,
+        ternary: TernaryConfig { rotation, ..options.ternary },
+        planes,
+        table_planes,
+        keep_experts,
+        tuned: steps.reconstruction > 0 || options.distill > 0,
+    })
 }

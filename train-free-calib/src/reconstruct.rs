@@ -5,13 +5,22 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 use burn_autodiff::Autodiff;
-use ternoss_backends::TernaryBackend;
-use ternoss_model::{cache::LayerCache, layer::Layer, rope::RotaryTables};
+use ternoss_backends::{TernaryBackend, TernaryWeight};
+use ternoss_model::{
+    Checkpoint,
+    cache::LayerCache,
+    checkpoint::{ExpertMatrix, LinearName},
+    experts::Experts,
+    layer::Layer,
+    rope::RotaryTables,
+};
+use ternoss_quant::{BitLinear, BitWeight, Linear};
 
 use crate::{
-    CalibError, distill::learning_rate, hard::HardLayer, report::Reconstruction, solution::host, tuned::TunedLayer,
+    CalibError, distill::learning_rate, hard::HardLayer, report::Reconstruction, solution::host,
+    ternarize::rotate_rows, tuned::TunedLayer,
 };
 
 /// Share of the steps in which trits are soft; in the rest only what is not a trit is tuned.
@@ -94,6 +103,48 @@ impl<B: TernaryBackend> Block<'_, B> {
         }
         error / power.max(f64::MIN_POSITIVE)
     }
+}
+
+/// Where each trit may go, for every plane of every matrix: from 0 to the sign of what is missing, back to 0 otherwise.
+///
+/// `numbers` are those that the layer's experts have in the checkpoint, in their order.
+pub(crate) fn neighbours<B: TernaryBackend>(
+    checkpoint: &Checkpoint,
+    number: usize,
+    student: &Layer<B>,
+    numbers: &[usize],
+    device: &B::Device,
+) -> Result<Vec<Tensor<B, 2>>, CalibError> {
+    let config = checkpoint.config();
+    let mut all = Vec::new();
+    let mut add = |[in_features, rows]: [usize; 2], mut weight: Vec<f32>, packed: TernaryWeight<B>, matrix: usize| {
+        if let Some(rotation) = packed.layout.rotation {
+            rotate_rows(&mut weight, in_features, rotation);
+        }
+        let weight = Tensor::<B, 2>::from_data(TensorData::new(weight, [rows, in_features]), device);
+        let missing = (weight - packed.to_dense(matrix)).sign();
+        for plane in 0..packed.layout.planes {
+            let (trits, _) = packed.parts(matrix, plane);
+            let zero = trits.clone().equal_elem(0.0).float();
+            all.push(missing.clone() * zero - trits);
+        }
+    };
+    for (name, linear) in LinearName::ALL.into_iter().zip(student.self_attn.projections()) {
+        let shape @ [in_features, rows] = name.shape(config);
+        let weight = checkpoint.floats(&format!("{}.weight", name.path(number)), &[rows, in_features])?;
+        if let Linear::Ternary(BitLinear { weight: BitWeight::Packed(packed), .. }) = linear {
+            add(shape, weight, packed.weight(), 0);
+        }
+    }
+    if let Experts::Ternary(packed) = &student.mlp.experts {
+        for (at, expert) in numbers.iter().enumerate() {
+            for (matrix, tensor) in ExpertMatrix::ALL.into_iter().zip([&packed.gate_up_proj, &packed.down_proj]) {
+                let weight = checkpoint.expert_rows(number, matrix, *expert)?;
+                add(matrix.shape(config), weight, tensor.weight(), at);
+            }
+        }
+    }
+    Ok(all)
 }
 
 fn square_sum<B: TernaryBackend>(values: &Tensor<B, 2>) -> f64 {

@@ -10,7 +10,12 @@ use ternoss_model::{
 };
 use ternoss_quant::{Granularity, TernaryConfig};
 
-use crate::{Calibration, Method, Steps, step::Done, ternarize::Recipe, ternary_weights};
+use crate::{
+    Calibration, KeptExpert, Method, Reduction, Steps,
+    size::{layer_weights, parameters},
+    step::Done,
+    ternarize::Recipe,
+};
 
 /// Name of the report in the ternary folder.
 pub(crate) const REPORT_FILE: &str = "calibration_report.json";
@@ -39,24 +44,29 @@ pub struct Report {
     pub run: String,
     /// What distillation did, where it ran.
     pub distillation: Option<Distilled>,
-    /// Weights that became ternary.
+    /// Weights of attention and experts that became ternary.
     pub ternary_weights: usize,
-    /// Weights of the whole model that it was made from, those that stay in full precision included.
+    /// Weights of the whole model, those that stay in full precision included; those of dropped experts are not.
     pub parameters: usize,
-    /// Bytes of the ternary weights: their codes, padding of rows to whole words included, and all their scales.
+    /// Bytes of these weights: their codes, padding of rows to whole words included, and all their scales. Ternary tables are
+    /// not among them: see [`Reduction::table_bytes`].
     pub ternary_bytes: usize,
-    /// Bytes of everything else: embedding, output layer, norms, router, biases, sinks.
+    /// Bytes of what is in full precision: norms, router, biases, sinks; embedding and output layer unless they are ternary.
     pub full_precision_bytes: usize,
-    /// All bytes by what they are spent on: `ternary_bytes + full_precision_bytes`, taken apart.
+    /// All bytes by what they are spent on: `ternary_bytes`, `full_precision_bytes` and the bytes of ternary tables, taken
+    /// apart.
     pub parts: PartBytes,
     /// `8 * ternary_bytes / ternary_weights`
     pub bits_per_weight: f64,
-    /// `8 * (ternary_bytes + full_precision_bytes) / parameters`
+    /// `8 * bytes / parameters`, with all bytes.
     pub bits_per_parameter: f64,
     /// How the text spread over the experts; `None` without calibration.
     pub expert_loads: Option<ExpertLoads>,
     /// How the ternary model does on a text that nothing was fitted to; `None` where that was not measured.
     pub held_out: Option<HeldOut>,
+    /// What was given up for size beside that, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reduction: Option<Reduction>,
     /// One entry a layer, in order.
     pub layers: Vec<LayerReport>,
 }
@@ -98,23 +108,27 @@ impl Report {
     pub(crate) fn new(
         checkpoint: &Checkpoint,
         recipe: &Recipe,
+        target_size: Option<u64>,
         calibration: Option<&Calibration>,
-        done: Vec<Done>,
+        mut done: Vec<Done>,
     ) -> Self {
-        let (ternary_weights, parameters) = (ternary_weights(checkpoint), parameters(checkpoint));
+        let ternary_weights = checkpoint.config().num_hidden_layers() * layer_weights(checkpoint, recipe.keep_experts);
+        let parameters = parameters(checkpoint, recipe.keep_experts);
         let ternary_bytes: usize = done.iter().map(|step| step.ternary_bytes).sum();
         let full_precision_bytes: usize = done.iter().map(|step| step.full_precision_bytes).sum();
         let parts = done.iter().flat_map(|step| &step.parts).fold(PartBytes::new(), |mut parts, (part, bytes)| {
             *parts.entry(*part).or_default() += bytes;
             parts
         });
+        let tokens = calibration.map_or(0, Calibration::tokens);
+        let reduction = Reduction::of(checkpoint, recipe, target_size, tokens, &mut done);
         let layers: Vec<LayerReport> = done.into_iter().filter_map(|step| step.layer).collect();
-        Self {
+        let mut report = Self {
             method: recipe.method,
             steps: recipe.steps,
             ternary: recipe.ternary,
             planes: recipe.planes,
-            calibration_tokens: calibration.map_or(0, Calibration::tokens),
+            calibration_tokens: if recipe.steps.look_at_text() { tokens } else { 0 },
             run: String::new(),
             distillation: None,
             ternary_weights,
@@ -123,23 +137,31 @@ impl Report {
             full_precision_bytes,
             parts,
             bits_per_weight: 8.0 * ternary_bytes as f64 / ternary_weights as f64,
-            bits_per_parameter: 8.0 * (ternary_bytes + full_precision_bytes) as f64 / parameters as f64,
+            bits_per_parameter: 0.0,
             expert_loads: ExpertLoads::of(&layers, Calibration::expert_tokens_wanted(checkpoint.config())),
             held_out: None,
+            reduction,
             layers,
-        }
+        };
+        report.bits_per_parameter = 8.0 * report.bytes() as f64 / parameters as f64;
+        report
     }
 
     /// Takes over the bytes that were written in the end.
     pub(crate) fn set_parts(&mut self, parts: PartBytes) {
-        self.full_precision_bytes = parts.values().sum::<usize>() - self.ternary_bytes;
+        self.full_precision_bytes = parts.values().sum::<usize>() - self.ternary_bytes - self.table_bytes();
         self.bits_per_parameter = 8.0 * self.bytes() as f64 / self.parameters as f64;
         self.parts = parts;
     }
 
     /// Bytes of all weights.
     pub fn bytes(&self) -> usize {
-        self.ternary_bytes + self.full_precision_bytes
+        self.ternary_bytes + self.full_precision_bytes + self.table_bytes()
+    }
+
+    /// Bytes of ternary tables.
+    fn table_bytes(&self) -> usize {
+        self.reduction.as_ref().map_or(0, |reduction| reduction.table_bytes)
     }
 
     /// The mean of all matrices' relative errors.
@@ -200,8 +222,12 @@ impl HeldOut {
 pub struct LayerReport {
     /// Its matrices in the order in which they were made ternary.
     pub matrices: Vec<MatrixReport>,
-    /// Calibration tokens that the full-precision router sent to each expert; empty without calibration.
+    /// Calibration tokens that the full-precision router sent to each expert, among those that stay; empty without
+    /// calibration.
     pub expert_tokens: Vec<usize>,
+    /// The experts that stayed, in order, where some were dropped.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept: Vec<KeptExpert>,
     /// What block reconstruction did, where it ran.
     pub reconstruction: Option<Reconstruction>,
 }
@@ -230,7 +256,7 @@ impl LayerReport {
 /// What became of one matrix.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MatrixReport {
-    /// Its path in the model, with the number of the expert.
+    /// Its path in the model, with the number that the expert has in the full-precision model.
     pub name: String,
     /// Squared error of its outputs over their square, on the calibration text; of its weights where there was none.
     pub relative_error: f64,
@@ -249,13 +275,6 @@ pub(crate) fn bytes_by_part<'a>(tensors: impl Iterator<Item = (&'a str, usize)>)
         *parts.entry(Part::of(name)).or_default() += bytes;
     }
     parts
-}
-
-/// All weights of a model, however they are stored.
-fn parameters(checkpoint: &Checkpoint) -> usize {
-    let is_ternary = |name: &str| Part::of(name).is_ternary();
-    let rest = checkpoint.tensors().filter(|(name, _)| !is_ternary(name));
-    ternary_weights(checkpoint) + rest.map(|(_, entry)| entry.shape.iter().product::<usize>()).sum::<usize>()
 }
 
 pub(crate) fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {

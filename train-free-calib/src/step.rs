@@ -7,15 +7,18 @@ use serde::{Deserialize, Serialize};
 use ternoss_backends::{FormatError, TernaryBackend, TernaryLayout};
 use ternoss_model::{
     Checkpoint, CheckpointError,
-    checkpoint::{ExpertMatrix, FolderWriter, LinearName, OutputTensor, TernaryPath},
+    checkpoint::{ExpertMatrix, FolderWriter, LinearName, OutputTensor, TableName, TernaryPath, tensors_by_expert},
 };
 use ternoss_quant::PackedTernary;
 
 use crate::{
     CalibError,
+    activations::Activations,
     budget::{LayerPlanes, Plan, TENSORS},
-    layer::{Activations, ChangedFloats, LayerCalibration, TernaryLayer},
+    layer::{LayerCalibration, TernaryLayer},
+    prune::{self, KeptExpert},
     report::{LayerReport, MatrixReport, PartBytes, bytes_by_part},
+    tables::{table, table_layout},
     ternarize::Recipe,
 };
 
@@ -37,7 +40,11 @@ pub(crate) struct Job<'a, B: TernaryBackend> {
 pub(crate) struct Done {
     pub(crate) ternary_bytes: usize,
     pub(crate) full_precision_bytes: usize,
-    /// The same bytes by what they are spent on.
+    /// Bytes of ternary tables, which are in the first file.
+    pub(crate) table_bytes: usize,
+    /// What became of them.
+    pub(crate) tables: Vec<MatrixReport>,
+    /// All bytes by what they are spent on.
     pub(crate) parts: PartBytes,
     /// What became of the layer in it; the first file has none.
     pub(crate) layer: Option<LayerReport>,
@@ -60,7 +67,11 @@ impl Recipe {
             group_size: self.ternary.granularity.group_size(),
             rotation: self.ternary.rotation,
         }
-        .validate()
+        .validate()?;
+        match self.table_planes {
+            Some(planes) => table_layout(checkpoint, TableName::Embedding, planes, self).validate(),
+            None => Ok(()),
+        }
     }
 }
 
@@ -75,24 +86,30 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         let number = step.checked_sub(1);
         self.check_finite(number)?;
         let layer = match (number, activations) {
-            (None, _) => TernaryLayer::default(),
-            (Some(number), None) => self.layer(number)?,
+            (None, _) => self.tables()?,
+            (Some(number), None) => self.layer(number, Vec::new())?,
             (Some(number), Some(activations)) => {
-                let layer = LayerCalibration::new(
-                    self.checkpoint,
-                    number,
-                    &self.recipe,
-                    self.planes(number),
-                    self.device,
-                    self.progress,
-                )?;
-                let layer = layer.run(activations)?;
+                let layer = match self.recipe.keep_experts {
+                    Some(keep) if !self.recipe.steps.look_at_text() => {
+                        let kept = prune::advance(self.checkpoint, number, keep, activations, self.device)?;
+                        self.layer(number, kept)?
+                    }
+                    _ => LayerCalibration::new(
+                        self.checkpoint,
+                        number,
+                        &self.recipe,
+                        self.planes(number),
+                        self.device,
+                        self.progress,
+                    )?
+                    .run(activations)?,
+                };
                 activations.expect_finite(number)?;
                 writer.file(&activations_file(step), &activations.to_bytes())?;
                 layer
             }
         };
-        let mut tensors = self.copied(number, &layer.floats)?;
+        let mut tensors = self.copied(number, &layer)?;
         for (name, shape, values) in &layer.floats {
             tensors.push((name.clone(), OutputTensor::floats(shape.clone(), values)));
         }
@@ -102,8 +119,13 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         }
         let parts = bytes_by_part(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.bytes())));
         writer.shard(step, tensors)?;
-        let ternary_bytes = layer.matrices.iter().map(|(_, packed)| packed.layout.bytes()).sum();
-        Ok(Done { ternary_bytes, full_precision_bytes, parts, layer: number.map(|_| layer.report) })
+        let bytes = layer.matrices.iter().map(|(_, packed)| packed.layout.bytes()).sum();
+        let done =
+            Done { ternary_bytes: 0, full_precision_bytes, table_bytes: 0, tables: Vec::new(), parts, layer: None };
+        Ok(match number {
+            Some(_) => Done { ternary_bytes: bytes, layer: Some(layer.report), ..done },
+            None => Done { table_bytes: bytes, tables: layer.report.matrices, ..done },
+        })
     }
 
     /// Planes of the ternary tensors of a layer.
@@ -112,15 +134,31 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         planned.unwrap_or([self.recipe.planes; TENSORS])
     }
 
-    /// All ternary matrices of a layer, without looking at a text.
-    fn layer(&self, layer: usize) -> Result<TernaryLayer, CalibError> {
+    /// The ternary tables, if they are to be ternary.
+    fn tables(&self) -> Result<TernaryLayer, CalibError> {
         let mut result = TernaryLayer::default();
+        let Some(planes) = self.recipe.table_planes else { return Ok(result) };
+        for name in TableName::of(self.checkpoint.config()) {
+            self.checkpoint.expect_finite_stored(&name.weight())?;
+            let (packed, report) =
+                table::<B>(self.checkpoint, *name, planes, &self.recipe, self.device, self.progress)?;
+            result.report.matrices.push(report);
+            result.matrices.push((TernaryPath::Linear(name.path().into()), packed));
+        }
+        Ok(result)
+    }
+
+    /// All ternary matrices of a layer, without looking at a text: of the experts in `kept`, or of all if it is empty.
+    fn layer(&self, layer: usize, kept: Vec<KeptExpert>) -> Result<TernaryLayer, CalibError> {
+        let mut result = TernaryLayer::default();
+        result.report.kept = kept;
         for linear in LinearName::ALL {
             let path = linear.path(layer);
             let shape = linear.shape(self.checkpoint.config());
             let name = format!("{path}.weight");
             let weight = self.checkpoint.floats(&name, &[shape[1], shape[0]])?;
-            let (matrix, report) = self.ternarize(&name, path.clone(), weight, shape)?;
+            let planes = self.planes(layer)[linear as usize];
+            let (matrix, report) = self.ternarize(&name, path.clone(), weight, shape, planes)?;
             result.report.matrices.push(report);
             result.matrices.push((TernaryPath::Linear(path), matrix));
         }
@@ -137,16 +175,17 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         matrix: ExpertMatrix,
         report: &mut LayerReport,
     ) -> Result<PackedTernary, CalibError> {
-        let experts = self.checkpoint.config().num_local_experts;
+        let experts = prune::those_that_stay(&report.kept, self.checkpoint);
         let shape = matrix.shape(self.checkpoint.config());
         let name = self.checkpoint.expert_tensors(layer, matrix).swap_remove(0);
-        let mut matrices = Vec::with_capacity(experts);
-        for first in (0..experts).step_by(MATRICES_AT_ONCE) {
-            let batch: Result<Vec<_>, CalibError> = (first..(first + MATRICES_AT_ONCE).min(experts))
-                .into_par_iter()
-                .map(|expert| {
+        let planes = self.planes(layer)[LinearName::ALL.len() + matrix as usize];
+        let mut matrices = Vec::with_capacity(experts.len());
+        for experts in experts.chunks(MATRICES_AT_ONCE) {
+            let batch: Result<Vec<_>, CalibError> = experts
+                .par_iter()
+                .map(|&expert| {
                     let weight = self.checkpoint.expert_rows(layer, matrix, expert)?;
-                    self.ternarize(&name, format!("{}.{expert}", matrix.path(layer)), weight, shape)
+                    self.ternarize(&name, format!("{}.{expert}", matrix.path(layer)), weight, shape, planes)
                 })
                 .collect();
             for (packed, matrix_report) in batch? {
@@ -164,29 +203,39 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
         name: String,
         weight: Vec<f32>,
         shape: [usize; 2],
+        planes: usize,
     ) -> Result<(PackedTernary, MatrixReport), CalibError> {
         self.checkpoint.expect_finite(tensor, &weight)?;
-        let made = self.recipe.ternarize::<B>(weight, shape, None, self.device)?;
+        let recipe = Recipe { planes, ..self.recipe };
+        let made = recipe.ternarize::<B>(weight, shape, None, self.device)?;
         (self.progress)(shape[0] * shape[1]);
         let report = made.report(name, 0);
         Ok((made.packed, report))
     }
 
-    /// The tensors of a layer, or of no layer, that stay as they are; `changed` do not.
+    /// The tensors of a layer, or of no layer, that stay as they are, without the rows of experts that were dropped. Changed
+    /// floats do not.
     fn copied<'b>(
         &self,
         layer: Option<usize>,
-        changed: &[ChangedFloats],
+        made: &TernaryLayer,
     ) -> Result<Vec<(String, OutputTensor<'b>)>, CalibError>
     where
         'a: 'b,
     {
         let checkpoint: &'b Checkpoint = self.checkpoint;
         let mut tensors = Vec::new();
+        let kept = prune::numbers(&made.report.kept);
+        let by_expert = layer.filter(|_| !kept.is_empty()).map(tensors_by_expert).unwrap_or_default();
         for name in self.full_precision(layer) {
-            if !changed.iter().any(|(other, ..)| other == name) {
-                tensors.push((name.to_string(), OutputTensor::copied(checkpoint, name)?));
+            if made.floats.iter().any(|(changed, ..)| changed == name) {
+                continue;
             }
+            let tensor = match by_expert.iter().any(|other| other == name) {
+                true => OutputTensor::copied_parts(checkpoint, name, &kept)?,
+                false => OutputTensor::copied(checkpoint, name)?,
+            };
+            tensors.push((name.to_string(), tensor));
         }
         Ok(tensors)
     }
@@ -198,7 +247,8 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
 
     /// Names of the tensors of a layer, or of no layer, that do not become ternary.
     fn full_precision(&self, layer: Option<usize>) -> Vec<&'a str> {
-        let ternary: Vec<String> = layer.map_or(Vec::new(), |layer| {
+        let tables = || self.recipe.table_planes.map_or(Vec::new(), |_| TableName::ALL.map(TableName::weight).into());
+        let ternary: Vec<String> = layer.map_or_else(tables, |layer| {
             let linears = LinearName::ALL.iter().map(|linear| format!("{}.weight", linear.path(layer)));
             let experts = ExpertMatrix::ALL.iter().flat_map(|m| self.checkpoint.expert_tensors(layer, *m));
             linears.chain(experts).collect()

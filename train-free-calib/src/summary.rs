@@ -19,6 +19,13 @@ impl fmt::Display for Report {
             writeln!(f, "{part:<24} {:>12} {share:>8.1} %", readable_size(*bytes))?;
         }
         writeln!(f, "{:<24} {:>12}", "all weights", readable_size(self.bytes()))?;
+        if let Some(reduction) = &self.reduction {
+            if let Some(planes) = reduction.table_planes {
+                writeln!(f, "{:<24} {:>12}", "embedding, output layer", format!("planes: {planes}"))?;
+            }
+            let kept = format!("{} of {}", reduction.experts_kept, reduction.experts_before);
+            writeln!(f, "{:<24} {kept:>12}", "experts a layer")?;
+        }
         writeln!(f)?;
         let (ternary, all) = (self.ternary_weights, self.parameters);
         writeln!(
@@ -52,6 +59,9 @@ impl fmt::Display for Report {
             writeln!(f, "{:<24} {after:>12.2}  full precision: {before:.2}", "  perplexity")?;
             writeln!(f, "{:<24} {:>12.4}", "  divergence", held_out.kl_divergence)?;
             write!(f, "{:<24} {:>12.1} %", "  same likeliest token", 100.0 * held_out.top_1)?;
+        }
+        if let Some(warning) = self.reduction.as_ref().and_then(|reduction| reduction.warning.as_ref()) {
+            write!(f, "\n\nwarning: {warning}")?;
         }
         Ok(())
     }

@@ -29,6 +29,12 @@ pub(crate) struct Recipe {
     pub(crate) steps: Steps,
     pub(crate) ternary: TernaryConfig,
     pub(crate) planes: usize,
+    /// Planes of embedding and output layer; `None` if they stay as they are.
+    pub(crate) table_planes: Option<usize>,
+    /// Experts that each layer keeps; `None` for all.
+    pub(crate) keep_experts: Option<usize>,
+    /// Whether gradients change norms, biases, sinks and routers too.
+    pub(crate) tuned: bool,
 }
 
 /// A matrix that became ternary.
@@ -59,7 +65,8 @@ impl Recipe {
             TernaryLayout { format, matrices, planes: 1, rows, in_features, group_size, rotation }.bytes()
         };
         let [q, k, v, o] = LinearName::ALL.map(|name| bytes(1, name.shape(config)));
-        let [gate_up, down] = ExpertMatrix::ALL.map(|matrix| bytes(config.num_local_experts, matrix.shape(config)));
+        let [gate_up, down] = ExpertMatrix::ALL
+            .map(|matrix| bytes(self.keep_experts.unwrap_or(config.num_local_experts), matrix.shape(config)));
         [q, k, v, o, gate_up, down]
     }
 
@@ -180,6 +187,9 @@ mod tests {
             steps: Method::Ternoss.steps(),
             ternary: TernaryConfig { rotation, ..TernaryConfig::default() },
             planes,
+            table_planes: None,
+            keep_experts: None,
+            tuned: false,
         };
         let pt_bitnet = Recipe { method: Method::PtBitnet, steps: Method::PtBitnet.steps(), ..ternoss(None, 1) };
         vec![ternoss(None, 1), ternoss(Some(Rotation::default()), 1), ternoss(None, 3), pt_bitnet]

@@ -80,6 +80,32 @@ impl<'a> TernaryRows<'a> {
         self.view.group_scales.map(|scales| &scales[self.part(plane, first, count, self.layout().groups())])
     }
 
+    /// Writes a row as floats into `out` (`in_features` long), with the bits of the
+    /// [reference](crate::reference::ternary_rows). A row that is not there becomes NaN, an invalid code trit 0 in all of
+    /// its row.
+    pub fn decode_row(&self, row: Option<usize>, out: &mut [f32]) {
+        let Some(row) = row.filter(|&row| row < self.layout().rows) else { return out.fill(f32::NAN) };
+        let TernaryLayout { format, planes, group_size, rotation, .. } = *self.layout();
+        let mut trits = vec![0i8; out.len()];
+        for plane in 0..planes {
+            if format.unpack_row(self.codes(plane, row, 1), &mut trits).is_err() {
+                trits.fill(0);
+            }
+            let (row_scale, group_scales) = (self.row_scales(plane, row, 1)[0], self.group_scales(plane, row, 1));
+            for (input, (out, trit)) in out.iter_mut().zip(&trits).enumerate() {
+                let group_scale = match (group_scales, group_size) {
+                    (Some(scales), Some(size)) => f32::from(scales[input / size]),
+                    _ => 1.0,
+                };
+                let value = f32::from(*trit) * group_scale * row_scale;
+                *out = if plane == 0 { value } else { *out + value };
+            }
+        }
+        if let Some(rotation) = rotation {
+            rotation.rotate_back(out);
+        }
+    }
+
     fn part(&self, plane: usize, first: usize, count: usize, per_row: usize) -> std::ops::Range<usize> {
         let start = plane * self.layout().rows + first;
         start * per_row..(start + count) * per_row

@@ -60,14 +60,14 @@ impl Rotation {
             }
         }
     }
-}
 
-impl Rotation {
-    /// The other way round: [`rotate`](Self::rotate) undone, and the gradient of a rotated token.
+    /// The other way round: what [`rotate`](Self::rotate) made of a token, or of a row of weights, and the gradient of a
+    /// rotated token, in place.
     pub fn rotate_back(self, y: &mut [f32]) {
         let width = Self::width(y.len());
         let factor = (width as f32).sqrt().recip();
         for (block, y) in y.chunks_mut(BLOCK).enumerate() {
+            // The transform is symmetric.
             match <&mut [f32; BLOCK]>::try_from(&mut *y) {
                 Ok(y) if width == BLOCK => butterflies(y, BLOCK),
                 _ => y.chunks_mut(width).for_each(|y| butterflies(y, width)),
@@ -108,11 +108,9 @@ mod tests {
             rotation.rotate(&mut y);
             let norm = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
             assert!((norm(&x) - norm(&y)).abs() < 1e-4 * norm(&x), "{n}");
-            // H is symmetric: the transform without signs, then the signs, goes back.
-            let width = Rotation::width(n);
-            y.chunks_mut(width).for_each(|y| butterflies(y, width));
-            for (i, (y, x)) in y.iter().zip(&x).enumerate() {
-                assert!((y * rotation.factor(i, width) - x).abs() < 1e-4, "{n}");
+            rotation.rotate_back(&mut y);
+            for (y, x) in y.iter().zip(&x) {
+                assert!((y - x).abs() < 1e-4, "{n}");
             }
         }
     }

@@ -91,6 +91,17 @@ impl<B: Backend> TernaryWeight<B> {
         (ungrouped.trits(matrix, plane), scales)
     }
 
+    /// One row of one matrix as a weight of its own, both below the layout's bounds.
+    pub(crate) fn row(&self, matrix: usize, row: usize) -> Self {
+        let part = [matrix..matrix + 1, 0..self.layout.planes, row..row + 1];
+        Self {
+            codes: self.codes.clone().slice(part.clone()),
+            row_scales: self.row_scales.clone().slice(part.clone()),
+            group_scales: self.group_scales.clone().map(|scales| scales.slice(part)),
+            layout: TernaryLayout { matrices: 1, rows: 1, ..self.layout },
+        }
+    }
+
     /// The trits of one plane times their group scales: `[rows, in_features]`, whole numbers in `F32`.
     pub(crate) fn trits(&self, matrix: usize, plane: usize) -> Tensor<B, 2> {
         assert!(matrix < self.layout.matrices, "matrix {matrix} of {}", self.layout.matrices);

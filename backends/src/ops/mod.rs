@@ -84,6 +84,12 @@ pub trait TernaryBackend: Backend {
         reference::stored_rows(matrix, ids)
     }
 
+    /// See [`ternary_rows`].
+    #[must_use]
+    fn ternary_rows(weight: &TernaryWeight<Self>, matrix: usize, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        reference::ternary_rows(weight, matrix, ids)
+    }
+
     /// See [`sink_attention`].
     #[must_use]
     fn sink_attention(
@@ -217,6 +223,27 @@ pub fn stored_linear<B: TernaryBackend>(x: Tensor<B, 2>, matrix: &StoredMatrix<B
 #[must_use]
 pub fn stored_rows<B: TernaryBackend>(matrix: &StoredMatrix<B>, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
     B::stored_rows(matrix, ids)
+}
+
+/// Rows of a ternary matrix (a compact embedding): `ids [n]`, `[n, in_features]` in `F32`,
+///
+/// ```text
+/// y[n] = sum over planes p, in order, of  row_scale[p, id] * group_scale[p, id, .] * trit[p, id, .],   id = ids[n]
+/// ```
+///
+/// rotated back where the layout has a [`Rotation`](crate::Rotation), so that the rows are those of the matrix before it
+/// was rotated. Nothing but these rows is read. An id that is no row gives a row of NaN. Gradients flow to the row scales.
+///
+/// # Panics
+/// If `matrix` is not below the layout's `matrices`.
+#[must_use]
+pub fn ternary_rows<B: TernaryBackend>(
+    weight: &TernaryWeight<B>,
+    matrix: usize,
+    ids: Tensor<B, 1, Int>,
+) -> Tensor<B, 2> {
+    assert!(matrix < weight.layout.matrices, "matrix {matrix} of {:?}", weight.layout);
+    B::ternary_rows(weight, matrix, ids)
 }
 
 /// Grouped-query attention with sinks, causal, with an optional sliding window: `[T, q_heads * d]`.

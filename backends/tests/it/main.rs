@@ -7,5 +7,6 @@ mod format;
 mod gradients;
 mod linear;
 mod mapped;
+mod rows;
 mod stored;
 mod support;

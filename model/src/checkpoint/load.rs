@@ -8,8 +8,8 @@ use burn::{
 use ternoss_quant::{BitLinear, Linear, TernaryTensor};
 
 use super::{
-    Checkpoint, CheckpointError, ExpertMatrix, LinearName, TernaryPath,
-    names::{CODES, EMBED_TOKENS, FINAL_NORM, LM_HEAD, layer_path},
+    Checkpoint, CheckpointError, ExpertMatrix, LinearName, TableName, TernaryPath,
+    names::{CODES, FINAL_NORM, layer_path},
     weights::{ExpertStorage, transpose},
 };
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
     layer::{Layer, Mlp},
     rope::RotaryEmbedding,
     router::Router,
-    table::Table,
+    table::{StoredTable, Table},
 };
 
 /// Where full-precision experts live while the model runs.
@@ -73,16 +73,8 @@ impl<B: Backend> GptOss<B> {
         checkpoint: &Checkpoint,
         device: &B::Device,
     ) -> Result<(nn::RmsNorm<B>, Table<B>), CheckpointError> {
-        let config = checkpoint.config();
         let norm = Loader { checkpoint, device, experts_resident: false }.norm(FINAL_NORM)?;
-        let head = match config.tie_word_embeddings {
-            true => Table::embedding(checkpoint, device)?,
-            false => {
-                let shape = [config.vocab_size, config.hidden_size];
-                Table::new(checkpoint.stored_matrix(LM_HEAD, shape, device)?)
-            }
-        };
-        Ok((norm, head))
+        Ok((norm, Table::output(checkpoint, device)?))
     }
 }
 
@@ -92,8 +84,29 @@ impl<B: Backend> Table<B> {
     /// # Errors
     /// [`CheckpointError`], naming the file, the tensor, and what was expected.
     pub fn embedding(checkpoint: &Checkpoint, device: &B::Device) -> Result<Self, CheckpointError> {
-        let config = checkpoint.config();
-        checkpoint.stored_matrix(EMBED_TOKENS, [config.vocab_size, config.hidden_size], device).map(Self::new)
+        Self::load(checkpoint, TableName::Embedding, device)
+    }
+
+    /// Loads the output layer alone, as [`GptOss::load`] does: the embedding where it is tied to that.
+    ///
+    /// # Errors
+    /// [`CheckpointError`], naming the file, the tensor, and what was expected.
+    pub fn output(checkpoint: &Checkpoint, device: &B::Device) -> Result<Self, CheckpointError> {
+        match checkpoint.config().tie_word_embeddings {
+            true => Self::embedding(checkpoint, device),
+            false => Self::load(checkpoint, TableName::Output, device),
+        }
+    }
+
+    /// A table, ternary when the checkpoint has codes for it.
+    fn load(checkpoint: &Checkpoint, name: TableName, device: &B::Device) -> Result<Self, CheckpointError> {
+        let shape @ [hidden, vocabulary] = name.shape(checkpoint.config());
+        if checkpoint.table_planes(name).is_some() {
+            let path = TernaryPath::Linear(name.path().into());
+            return checkpoint.ternary_weight(&path, shape, device).map(TernaryTensor::new).map(Self::Ternary);
+        }
+        let matrix = checkpoint.stored_matrix(&name.weight(), [vocabulary, hidden], device)?;
+        Ok(Self::Stored(StoredTable::new(matrix)))
     }
 }
 

@@ -13,7 +13,7 @@ mod write;
 
 pub use error::CheckpointError;
 pub use load::{ExpertPlacement, LoadOptions};
-pub use names::{ExpertMatrix, FINAL_NORM, LinearName, TernaryPath};
+pub use names::{ExpertMatrix, FINAL_NORM, LinearName, TableName, TernaryPath, tensors_by_expert};
 pub use part::{Part, readable_size};
 pub use write::{FolderWriter, OutputTensor};
 
@@ -80,10 +80,14 @@ impl Checkpoint {
         if !config_path.is_file() {
             return Err(CheckpointError::NotAModel { folder: folder.into() });
         }
-        let config = GptOssConfig::from_file(&config_path)?;
+        Self::of_files(folder, GptOssConfig::from_file(&config_path)?, weight_files(folder)?)
+    }
+
+    /// Some weight files as a model of that configuration.
+    fn of_files(folder: &Path, config: GptOssConfig, paths: Vec<PathBuf>) -> Result<Self, CheckpointError> {
         let mut files = Vec::new();
         let mut tensors = BTreeMap::new();
-        for path in weight_files(folder)? {
+        for path in paths {
             let map = MappedFile::open(&path).map_err(|source| CheckpointError::io(&path, source))?;
             for (name, entry) in read_header(&path, &map, files.len())? {
                 if tensors.insert(name.clone(), entry).is_some() {

@@ -85,10 +85,50 @@ pub(crate) fn layer_path(layer: usize) -> String {
     format!("model.layers.{layer}")
 }
 
-/// Embedding table.
-pub(crate) const EMBED_TOKENS: &str = "model.embed_tokens.weight";
-/// Output layer.
-pub(crate) const LM_HEAD: &str = "lm_head.weight";
+/// The matrices with one row a token of the vocabulary, named as in the checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TableName {
+    /// From tokens to the residual stream.
+    Embedding,
+    /// From the residual stream to logits.
+    Output,
+}
+
+impl TableName {
+    /// Both, in the order data flows.
+    pub const ALL: [Self; 2] = [Self::Embedding, Self::Output];
+
+    /// Those that a model has: where the output layer is the embedding, only that.
+    pub fn of(config: &GptOssConfig) -> &'static [Self] {
+        if config.tie_word_embeddings { &Self::ALL[..1] } else { &Self::ALL }
+    }
+
+    /// `model.embed_tokens` or `lm_head`
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::Embedding => "model.embed_tokens",
+            Self::Output => "lm_head",
+        }
+    }
+
+    /// Its tensor in full precision.
+    pub fn weight(self) -> String {
+        format!("{}.weight", self.path())
+    }
+
+    /// `[in_features, out_features]`
+    pub fn shape(self, config: &GptOssConfig) -> [usize; 2] {
+        [config.hidden_size, config.vocab_size]
+    }
+}
+
+/// The tensors of a layer beside its ternary ones that have a row for every expert: the router's, and the biases.
+pub fn tensors_by_expert(layer: usize) -> [String; 4] {
+    let path = format!("{}.mlp", layer_path(layer));
+    ["router.weight", "router.bias", "experts.gate_up_proj_bias", "experts.down_proj_bias"]
+        .map(|name| format!("{path}.{name}"))
+}
+
 /// Norm before the output layer.
 pub const FINAL_NORM: &str = "model.norm.weight";
 

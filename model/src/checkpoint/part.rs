@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::names::{CODES, EMBED_TOKENS, FINAL_NORM, LM_HEAD};
+use super::names::{CODES, FINAL_NORM, TableName};
 
 /// The role of a tensor, told by its name: in a full-precision model as well as in a ternary one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -18,9 +18,9 @@ pub enum Part {
     ExpertCodes,
     /// The scales that go with them.
     ExpertScales,
-    /// Embedding table.
+    /// Embedding table, in full precision or ternary with its scales.
     Embedding,
-    /// Output layer.
+    /// Output layer, in full precision or ternary with its scales.
     OutputLayer,
     /// Routers, with their biases.
     Router,
@@ -51,10 +51,10 @@ impl Part {
     pub fn of(tensor: &str) -> Self {
         // `row_scales` and `group_scales` of ternary matrices, `down_proj_scales` of MXFP4.
         let scales = tensor.ends_with("_scales");
-        let of_table = |table: &str| table.rsplit_once('.').is_some_and(|(path, _)| belongs_to(tensor, path));
+        let of_table = |table: TableName| belongs_to(tensor, table.path());
         match tensor {
-            _ if of_table(EMBED_TOKENS) => Self::Embedding,
-            _ if of_table(LM_HEAD) => Self::OutputLayer,
+            _ if of_table(TableName::Embedding) => Self::Embedding,
+            _ if of_table(TableName::Output) => Self::OutputLayer,
             FINAL_NORM => Self::Norms,
             _ if !tensor.starts_with("model.layers.") => Self::Other,
             _ if tensor.ends_with("layernorm.weight") => Self::Norms,
@@ -116,7 +116,9 @@ mod tests {
         for (name, part) in [
             ("model.embed_tokens.weight", Part::Embedding),
             ("model.embed_tokens.codes", Part::Embedding),
+            ("model.embed_tokens.group_scales", Part::Embedding),
             ("lm_head.weight", Part::OutputLayer),
+            ("lm_head.codes", Part::OutputLayer),
             ("lm_head.row_scales", Part::OutputLayer),
             ("model.norm.weight", Part::Norms),
             ("model.layers.3.input_layernorm.weight", Part::Norms),

@@ -8,7 +8,7 @@ use ternoss_backends::{StoredFloat, StoredMatrix, TernaryLayout, TernaryWeight};
 use ternoss_quant::mxfp4;
 
 use super::{
-    Checkpoint, CheckpointError, ExpertMatrix, TensorEntry, TernaryPath,
+    Checkpoint, CheckpointError, ExpertMatrix, TableName, TensorEntry, TernaryPath,
     names::{CODES, GROUP_SCALES, ROW_SCALES},
 };
 use crate::config::{Quantization, TernaryQuantization};
@@ -32,6 +32,31 @@ impl Checkpoint {
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         let entry = self.expect_shape(name, shape)?;
         widen(self.bytes(name)?, entry.dtype).ok_or_else(|| self.wrong_dtype(name, entry, FLOATS))
+    }
+
+    /// Rows of a float matrix of that shape, widened to f32: for matrices that are never in memory as a whole.
+    ///
+    /// # Errors
+    /// As [`floats`](Self::floats).
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    pub fn float_rows(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        rows: std::ops::Range<usize>,
+    ) -> Result<Vec<f32>, CheckpointError> {
+        let entry = self.expect_shape(name, &shape)?;
+        let row_bytes = entry.bytes() / shape[0];
+        let bytes = &self.bytes(name)?[rows.start * row_bytes..rows.end * row_bytes];
+        widen(bytes, entry.dtype).ok_or_else(|| self.wrong_dtype(name, entry, FLOATS))
+    }
+
+    /// Planes of a ternary table; `None` where it is in full precision.
+    pub fn table_planes(&self, table: TableName) -> Option<usize> {
+        let codes = self.entry(&format!("{}.{CODES}", table.path()))?;
+        codes.shape.first().copied()
     }
 
     /// [`floats`](Self::floats) on a device.

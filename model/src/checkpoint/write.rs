@@ -23,6 +23,7 @@ use super::{
     read_header,
     resume::SETTINGS_FILE,
 };
+use crate::config::GptOssConfig;
 
 /// Held by the process that writes; freed by the system when it ends, however it does.
 const LOCK_FILE: &str = "lock";
@@ -86,6 +87,23 @@ impl<'a> OutputTensor<'a> {
         let bytes = checkpoint.bytes(name)?;
         let (dtype, shape) = checkpoint.entry(name).map_or((Dtype::U8, vec![]), |e| (e.dtype, e.shape.clone()));
         Ok(Self::new(dtype, shape, Cow::Borrowed(bytes)))
+    }
+
+    /// Some parts, by their index in the slowest dimension, of a tensor of another checkpoint, byte for byte. Parts that are
+    /// not there are left out.
+    ///
+    /// # Errors
+    /// [`CheckpointError::MissingTensor`]
+    pub fn copied_parts(checkpoint: &'a Checkpoint, name: &str, parts: &[usize]) -> Result<Self, CheckpointError> {
+        let bytes = checkpoint.bytes(name)?;
+        let (dtype, mut shape) = checkpoint.entry(name).map_or((Dtype::U8, vec![]), |e| (e.dtype, e.shape.clone()));
+        let all: Vec<&[u8]> =
+            bytes.chunks_exact((bytes.len() / shape.first().copied().unwrap_or(1).max(1)).max(1)).collect();
+        let kept: Vec<&[u8]> = parts.iter().filter_map(|part| all.get(*part).copied()).collect();
+        if let Some(first) = shape.first_mut() {
+            *first = kept.len();
+        }
+        Ok(Self::new(dtype, shape, Cow::Owned(kept.concat())))
     }
 }
 
@@ -224,6 +242,14 @@ impl FolderWriter {
         verify(&path, &expected)?;
         self.weight_map.extend(expected.into_keys().map(|name| (name, file.clone())));
         Ok(())
+    }
+
+    /// The tensors of weight file `number`, which is written already, as those of a model of that configuration.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] when the file is missing or damaged.
+    pub fn written(&self, number: usize, config: GptOssConfig) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::of_files(&self.partial, config, vec![self.partial.join(self.shard_name(number))])
     }
 
     /// Writes a small file beside the weights.

@@ -161,14 +161,14 @@ pub struct TernaryQuantization {
     pub format: CodeFormat,
     /// Inputs per scale; null for one scale a row.
     pub group_size: Option<usize>,
-    /// Trit planes a weight is the sum of.
+    /// Trit planes a weight of attention and experts is the sum of.
     pub planes: usize,
     /// Rotation of every ternary layer's input; null for none.
     #[serde(default)]
     pub rotation: Option<Rotation>,
     /// Bits of an activation at a ternary layer's input.
     pub activation_bits: u32,
-    /// All bytes of codes and scales over the number of ternary weights.
+    /// All bytes of codes and scales over the number of weights, of attention and experts.
     pub bits_per_weight: f64,
 }
 
