@@ -128,8 +128,9 @@ fn a_report_is_printed_and_drawn_with_what_it_has() {
     let (printed, _) = quantized(&example("tiny-gpt-oss"), &rounded, &["--method", "absmean"]);
     let svg = fs::read_to_string(rounded.join("calibration_report.svg")).unwrap();
     assert!(!svg.contains("Load of the experts") && !printed.contains("saw fewer"), "{printed}");
-    assert!(printed.contains("squared, of the weights"), "{printed}");
-
+    assert!(printed.contains("squared, of the weights") && !printed.contains("held out"), "{printed}");
+    assert!(report.held_out.is_some() && report.to_string().contains("held out"));
+    report.held_out = None;
     assert!(!report.to_string().contains("held out"));
     let figures =
         HeldOut { tokens: 512, teacher_perplexity: 33.73, perplexity: 39.6, kl_divergence: 0.25, top_1: 0.712 };

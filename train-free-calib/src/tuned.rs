@@ -288,3 +288,118 @@ fn rms<B: Backend>(values: &Tensor<B, 1>) -> f32 {
     let squares: f64 = host(values.clone()).iter().map(|value| f64::from(*value).powi(2)).sum();
     (squares / values.dims()[0].max(1) as f64).sqrt() as f32
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::{module::AutodiffModule, tensor::TensorData};
+    use burn_flex::Flex;
+    use ternoss_backends::{CodeFormat, Rotation};
+    use ternoss_model::{Checkpoint, ExpertPlacement, LoadOptions, cache::LayerCache, rope::RotaryEmbedding};
+    use ternoss_quant::Granularity;
+
+    use super::*;
+
+    const TOKENS: usize = 24;
+
+    /// A layer of the shipped model, rounded.
+    fn ternary(number: usize, config: &TernaryConfig) -> (Checkpoint, Layer<Flex>) {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/tiny-gpt-oss");
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let options = LoadOptions { experts: ExpertPlacement::Resident };
+        let layer = Layer::load(&checkpoint, number, options, &Default::default()).unwrap();
+        let layer = layer.to_ternary(config).unwrap();
+        (checkpoint, layer)
+    }
+
+    fn output(checkpoint: &Checkpoint, number: usize, layer: &Layer<Flex>) -> Vec<f32> {
+        let config = checkpoint.config();
+        let x = (0..TOKENS * config.hidden_size).map(|i| ((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0).collect();
+        let x = Tensor::from_data(TensorData::new::<f32, _>(x, [TOKENS, config.hidden_size]), &Default::default());
+        let rope = RotaryEmbedding::new(&config.rope, config.head_dim).tables(0..TOKENS, &Default::default());
+        host(layer.forward(x, &rope, &mut LayerCache::new(config.window(number))))
+    }
+
+    fn distance(found: &[f32], expected: &[f32]) -> f64 {
+        let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>();
+        squares(&mut found.iter().zip(expected).map(|(a, b)| a - b)) / squares(&mut expected.iter().copied())
+    }
+
+    #[test]
+    fn a_composed_layer_computes_what_the_packed_one_does_and_is_packed_to_it_again() {
+        for (number, rotation, format, granularity) in [
+            (0, None, CodeFormat::T2, Granularity::Group(64)),
+            (1, Some(Rotation::default()), CodeFormat::T5, Granularity::Group(64)),
+            (2, Some(Rotation::default()), CodeFormat::T2, Granularity::Row),
+        ] {
+            let (checkpoint, packed) = ternary(number, &TernaryConfig { granularity, format, rotation });
+            let tuned = TunedLayer::new(packed.clone(), Vec::new()).unwrap();
+            let expected = output(&checkpoint, number, &packed);
+            let composed = tuned.compose(1.0, false).unwrap().layer.valid();
+            let off = distance(&output(&checkpoint, number, &composed), &expected);
+            assert!(off < 1e-6, "layer {number}: composed is off by {off}");
+            let hard = tuned.harden().unwrap();
+            let off = distance(&output(&checkpoint, number, &hard.layer), &expected);
+            assert!(off < 1e-6, "layer {number}: packed again is off by {off}");
+            let linears = packed.self_attn.projections();
+            for (linear, again) in linears.into_iter().zip(&hard.matrices) {
+                let before = linear.to_packed(&TernaryConfig::default()).unwrap();
+                assert_eq!(again.codes, before.codes, "layer {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_soft_trit_hardens_to_where_it_has_gone() {
+        let (_, packed) = ternary(0, &TernaryConfig::default());
+        let Linear::Ternary(BitLinear { weight: BitWeight::Packed(query), .. }) = &packed.self_attn.q_proj else {
+            panic!("not packed")
+        };
+        let (before, scales) = query.weight().parts(0, 0);
+        // Zeros may become 1, the others 0.
+        let toward = before.clone().equal_elem(0.0).float() - before.clone();
+        let mut tuned = TunedLayer::new(packed.clone(), vec![toward.clone()]).unwrap();
+        let still = tuned.harden().unwrap();
+        assert_eq!(still.matrices[0], packed.self_attn.q_proj.to_packed(&TernaryConfig::default()).unwrap());
+
+        // Every third trit has a logit of 3 now, the others stay at theirs.
+        let slot = tuned.tuned.slots.iter().position(|slot| slot.soft).unwrap();
+        let count = before.dims().iter().product::<usize>();
+        let moved: Vec<f32> = (0..count).map(|i| if i % 3 == 0 { (3.0 - STAYS) / LOGIT_UNIT } else { 0.0 }).collect();
+        let device = Default::default();
+        let delta = Tensor::<Autodiff<Flex>, 1>::from_data(TensorData::new(moved, [count]), &device);
+        tuned.tuned.deltas.deltas[slot] = Param::from_tensor(delta);
+
+        let [old, way] = [before.clone(), toward].map(host);
+        let expected: Vec<f32> = (0..count).map(|i| if i % 3 == 0 { old[i] + way[i] } else { old[i] }).collect();
+        let hard = tuned.harden().unwrap();
+        let again = TernaryTensor::<Flex>::from_packed(hard.matrices[0].clone(), &device).unwrap();
+        assert_eq!(host(again.weight().parts(0, 0).0), expected);
+        // The soft matrix comes to it as it grows harder.
+        let distances = [1.0, 2.0, 4.0].map(|hardness| {
+            let layer = tuned.compose(hardness, false).unwrap().layer.valid();
+            let Linear::Ternary(BitLinear { weight: BitWeight::Latent(latent), .. }) = &layer.self_attn.q_proj else {
+                panic!("not composed")
+            };
+            let hard = Tensor::from_data(TensorData::new(expected.clone(), before.dims()), &device);
+            let hard = hard * spread(scales.clone(), before.dims()[1], 64);
+            distance(&host(latent.fake_quantize()), &host(hard))
+        });
+        assert!(distances.is_sorted_by(|softer, harder| softer >= harder), "{distances:?}");
+        assert!(distances[0] < 0.01 && distances[2] < 1e-6, "{distances:?}");
+    }
+
+    #[test]
+    fn a_step_goes_against_the_gradient_by_a_share_of_the_value() {
+        let device = Default::default();
+        let start = Tensor::<Flex, 1>::from_data(TensorData::new(vec![2.0f32, -2.0], [2]), &device);
+        let mut tuned = Tuned::vector(start);
+        let loss = tuned.value(0).sum();
+        let gradients = tuned.gradients(&mut loss.backward());
+        tuned.step(0.01, gradients);
+        let found = host(tuned.value(0).inner());
+        // The first step of Adam has the learning rate's size, here in units of 2.
+        assert!((found[0] - 1.98).abs() < 1e-4 && (found[1] + 2.02).abs() < 1e-4, "{found:?}");
+    }
+}
