@@ -41,7 +41,7 @@ pub(crate) struct QuantizeArgs {
     #[arg(long, default_value_t = 1)]
     planes: usize,
     /// Most bits a weight may cost on average, scales included: matrices that need it most get a second or third plane
-    #[arg(long, value_name = "BITS", conflicts_with_all = ["planes", "target_size"])]
+    #[arg(long, value_name = "BITS", conflicts_with = "planes")]
     bits_per_weight: Option<f64>,
     /// Tune every layer by gradients on its own output, for so many steps; kept only where that helps
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "40")]

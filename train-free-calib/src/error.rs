@@ -89,6 +89,15 @@ pub enum CalibError {
         /// The most it can make.
         most: usize,
     },
+    /// Two limits that are not worked out together.
+    #[error("a target size and a number of bits per weight cannot be combined: give the planes instead of the bits")]
+    TwoBudgets,
+    /// Bits to share out by a method that has nothing to give.
+    #[error("{method} makes one plane everywhere: bits per weight are for {other} only", other = Method::Ternoss)]
+    OnePlane {
+        /// The method.
+        method: Method,
+    },
     /// Fewer bits than one plane needs.
     #[error("{bits_per_weight} bits a weight are too few: one plane everywhere takes {least:.3}")]
     Budget {

@@ -237,8 +237,9 @@ fn plan<B: TernaryBackend>(
     let weights = layers * layer_weights(checkpoint, job.recipe.keep_experts);
     let budget = bits_per_weight / 8.0 * weights as f64;
     let least = (bytes.iter().sum::<usize>() * layers) as f64;
-    if budget < least {
-        return Err(CalibError::Budget { bits_per_weight, least: least / budget * bits_per_weight });
+    // Whatever is no number is too few as well.
+    if budget.max(0.0) < least || budget.is_nan() {
+        return Err(CalibError::Budget { bits_per_weight, least: 8.0 * least / weights as f64 });
     }
     let measured = || progress(Progress::Measured);
     let plan = match least * MAX_PLANES as f64 <= budget {
@@ -373,6 +374,9 @@ pub fn check(checkpoint: &Checkpoint, output: &Path, options: &QuantizeOptions) 
 pub(crate) fn recipe(options: &QuantizeOptions) -> Result<Recipe, CalibError> {
     let QuantizeOptions { method, steps, planes, table_planes, keep_experts, .. } = *options;
     let most = if method == Method::Ternoss { MAX_PLANES } else { 1 };
+    if options.bits_per_weight.is_some() && most == 1 {
+        return Err(CalibError::OnePlane { method });
+    }
     if !(1..=most).contains(&planes) {
         return Err(CalibError::Planes { planes, method, most });
     }

@@ -90,6 +90,9 @@ impl QuantizeOptions {
         if let Some(planes) = self.table_planes.filter(|planes| !(1..=MAX_PLANES).contains(planes)) {
             return Err(CalibError::TablePlanes { planes, most: MAX_PLANES });
         }
+        if self.target_size.is_some() && self.bits_per_weight.is_some() {
+            return Err(CalibError::TwoBudgets);
+        }
         let recipe = recipe(self)?;
         let keep = self.keep_experts.unwrap_or(all);
         let (table_planes, keep) = match self.target_size {
