@@ -157,6 +157,7 @@ fn weights_that_are_no_numbers_are_named() {
 fn an_ablation_names_every_step_and_keeps_nothing() {
     let (model, text) = (example("tiny-gpt-oss"), example("text/prose_test.txt"));
     let few = ["--calibration-tokens", "768", "--calibration-context", "128", "--context", "64", "--max-tokens", "256"];
+    let few = [&few[..], &["--gradient-steps", "2"]].concat();
     let args = [&["ablation", "--json", "--model", utf8(&model), "--text", utf8(&text)][..], &few].concat();
     let rows: Vec<Value> = ternoss_ok(&args).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
@@ -165,10 +166,13 @@ fn an_ablation_names_every_step_and_keeps_nothing() {
     for step in ["rotation", "regression", "compensation", "sweeps", "bias"] {
         assert!(names.contains(&format!("ternoss without {step}").as_str()), "{names:?}");
     }
+    for name in ["ternoss", "ternoss, reconstruction", "ternoss, distilled"] {
+        assert!(names.contains(&name), "{names:?}");
+    }
     assert!(rows.iter().all(|row| row["perplexity"].as_f64().unwrap() > 1.0), "{rows:?}");
     let perplexity = |name: &str| rows.iter().find(|row| row["name"] == name).unwrap()["perplexity"].as_f64().unwrap();
-    assert!(perplexity("full precision") < perplexity("ternoss, planes: 2"));
-    assert!(perplexity("ternoss, planes: 2") < perplexity("absmean"));
+    assert!(perplexity("full precision") < perplexity("ternoss, 2 planes"));
+    assert!(perplexity("ternoss, 2 planes") < perplexity("absmean"));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use super::{Device, ModelArgs, calibration::CalibrationArgs, quantize::with_prog
 /// Measure what each step of the quantization is worth
 ///
 /// Quantizes the model in several ways, measures each on the same text, and prints a table: the methods, the default method
-/// with one step left out at a time, and with more planes. Nothing is kept.
+/// with one step left out at a time, tuned by gradients, and with two planes. Nothing is kept.
 #[derive(Args)]
 pub(crate) struct AblationArgs {
     #[command(flatten)]
@@ -32,6 +32,9 @@ pub(crate) struct AblationArgs {
     max_tokens: usize,
     #[command(flatten)]
     calibration: CalibrationArgs,
+    /// Steps of reconstruction and of distillation
+    #[arg(long, default_value_t = 40)]
+    gradient_steps: usize,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -43,7 +46,7 @@ struct Variant {
     options: QuantizeOptions,
 }
 
-fn variants() -> Result<Vec<Variant>> {
+fn variants(gradient_steps: usize) -> Result<Vec<Variant>> {
     let method = |name: &str, options| Variant { name: name.into(), options };
     let default = QuantizeOptions::new(Method::Ternoss);
     let mut variants = vec![
@@ -53,13 +56,18 @@ fn variants() -> Result<Vec<Variant>> {
     ];
     for step in Steps::NAMES {
         let steps = default.steps.without(step).map_err(anyhow::Error::msg)?;
+        let name = format!("ternoss without {step}");
+        // What is not among the steps cannot be left out.
         variants
-            .push(Variant { name: format!("ternoss without {step}"), options: QuantizeOptions { steps, ..default } });
+            .extend((steps != default.steps).then(|| Variant { name, options: QuantizeOptions { steps, ..default } }));
     }
-    for planes in 1..=2 {
-        let options = QuantizeOptions { planes, ..default };
-        variants.push(Variant { name: format!("ternoss, planes: {planes}"), options });
-    }
+    let reconstructed = Steps { reconstruction: gradient_steps, ..default.steps };
+    variants.extend([
+        method("ternoss", default),
+        method("ternoss, reconstruction", QuantizeOptions { steps: reconstructed, ..default }),
+        method("ternoss, distilled", QuantizeOptions { distill: gradient_steps, ..default }),
+        method("ternoss, 2 planes", QuantizeOptions { planes: 2, ..default }),
+    ]);
     Ok(variants)
 }
 
@@ -69,12 +77,12 @@ pub(crate) fn run(args: AblationArgs) -> Result<()> {
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(args.max_tokens);
-    let calibration = args.calibration.windows(&args.model, &checkpoint, None, 0)?;
+    let calibration = args.calibration.windows(&args.model, &checkpoint, None, args.gradient_steps)?;
     if !args.json {
         print_line!("{:<28} {:>12} {:>14} {:>8}", "", "bits/weight", "perplexity", "seconds")?;
     }
     print_row(&args, "full precision", None, measure(&args, &checkpoint, &tokens)?, 0.0)?;
-    for Variant { name, options } in variants()? {
+    for Variant { name, options } in variants(args.gradient_steps)? {
         let folder = tempfile::tempdir()?;
         let output = folder.path().join("ternary");
         let started = Instant::now();
