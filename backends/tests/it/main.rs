@@ -8,5 +8,6 @@ mod gradients;
 mod linear;
 mod mapped;
 mod rows;
+mod softmax;
 mod stored;
 mod support;

@@ -1,0 +1,141 @@
+//! The softmax of attention and the rounding of activations: kernels against Burn's operations, and their gradients.
+
+use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
+use burn_autodiff::Autodiff;
+use burn_flex::Flex;
+use burn_ndarray::NdArray;
+use proptest::prelude::*;
+use ternoss_backends::{
+    AttentionSpec, Rotation, ScoreView, TernaryBackend,
+    cpu::{Isa, Kernels, attention},
+    reference, round_activations,
+};
+
+use crate::support::{Noise, assert_close, assert_same, matrix, values};
+
+fn tensor<B: Backend, const D: usize>(values: &[f32], shape: [usize; D]) -> Tensor<B, D> {
+    Tensor::from_data(TensorData::new(values.to_vec(), shape), (&B::Device::default(), DType::F32))
+}
+
+fn view(window: Option<usize>, query: usize, key: usize) -> ScoreView {
+    ScoreView { spec: AttentionSpec { scale: 0.3, window }, query, key }
+}
+
+/// Blocks of scores: heads, queries, keys, window, first query, first key.
+fn blocks() -> impl Strategy<Value = ([usize; 3], Option<usize>, usize, usize, u64)> {
+    let sizes = [1usize..4, 1usize..9, 1usize..40];
+    (sizes, prop::option::of(1usize..20), 0usize..30, 0usize..12, any::<u64>())
+}
+
+fn softmax_is_the_reference<B: TernaryBackend>(
+    sizes: [usize; 3],
+    view: ScoreView,
+    seed: u64,
+) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let [heads, queries, keys] = sizes;
+    let mut noise = Noise::new(seed);
+    let scores: Vec<f32> = noise.floats(heads * queries * keys).iter().map(|x| x * 20.0).collect();
+    let (sinks, gradient) = (noise.floats(heads), noise.floats(heads * queries * keys));
+    let run = |softmax: fn(Tensor<B, 3>, Tensor<B, 1>, ScoreView) -> Tensor<B, 3>| {
+        softmax(tensor(&scores, sizes), tensor(&sinks, [heads]), view)
+    };
+    let found = values(run(B::sink_softmax));
+    assert_close(&found, &values(run(reference::sink_softmax)), 2e-6, "shares");
+
+    // The gradients: by the kernel, by its formula, and by Burn's own differentiation of the reference.
+    type A<B> = Autodiff<B>;
+    let by = |softmax: fn(Tensor<A<B>, 3>, Tensor<A<B>, 1>, ScoreView) -> Tensor<A<B>, 3>| {
+        let (scores, sinks) =
+            (tensor::<A<B>, 3>(&scores, sizes).require_grad(), tensor(&sinks, [heads]).require_grad());
+        let grads = (softmax(scores.clone(), sinks.clone(), view) * tensor(&gradient, sizes)).sum().backward();
+        (values(scores.grad(&grads).unwrap()), values(sinks.grad(&grads).unwrap()))
+    };
+    let (scores_gradient, sinks_gradient) = by(<A<B> as TernaryBackend>::sink_softmax);
+    let (expected, expected_sinks) = by(reference::sink_softmax);
+    assert_close(&scores_gradient, &expected, 2e-6, "gradient of the scores");
+    // A sink's share is what is missing to 1, so it is known to that many decimals only.
+    for (found, expected) in sinks_gradient.iter().zip(&expected_sinks) {
+        assert!((found - expected).abs() < 4e-6, "gradient of the sinks: {found} {expected}");
+    }
+    (found, scores_gradient, sinks_gradient)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn softmax_and_its_gradient_are_those_of_burn((sizes, window, query, key, seed) in blocks()) {
+        let flex = softmax_is_the_reference::<Flex>(sizes, view(window, query, key), seed);
+        let ndarray = softmax_is_the_reference::<NdArray>(sizes, view(window, query, key), seed);
+        assert_same(&flex.0, &ndarray.0, "one kernel for both");
+    }
+
+    #[test]
+    fn instruction_sets_give_the_same_bits((sizes, window, query, key, seed) in blocks(), width in 1usize..200) {
+        let [heads, queries, keys] = sizes;
+        let mut noise = Noise::new(seed);
+        let (scores, sinks) = (noise.floats(heads * queries * keys), noise.floats(heads));
+        let gradient = noise.floats(heads * queries * keys);
+        let x = noise.floats(3 * width);
+        let run = |isa: &Isa| {
+            let kernels = Kernels::new(*isa).unwrap();
+            let mut shares = scores.clone();
+            attention::sink_softmax(kernels, &mut shares, &sinks, [queries, keys], view(window, query, key));
+            let mut slopes = gradient.clone();
+            let of_sinks = attention::sink_softmax_gradient(kernels, &shares, &mut slopes, [queries, keys], 0.3);
+            let mut rounded = x.clone();
+            attention::round_tokens(kernels, &mut rounded, width, Some(Rotation::default()));
+            [shares, slopes, of_sinks, rounded].concat()
+        };
+        let expected = run(&Isa::Scalar);
+        for isa in Isa::available() {
+            assert_same(&run(isa), &expected, &isa.to_string());
+        }
+    }
+
+    #[test]
+    fn activations_are_rounded_as_the_reference_rounds_them(
+        width in 1usize..300, rotated in any::<bool>(), seed in any::<u64>(),
+    ) {
+        let x: Vec<f32> = Noise::new(seed).floats(4 * width).iter().map(|x| x * 1e3).collect();
+        let rotation = rotated.then(Rotation::default);
+        let expected = values(reference::round_activations(matrix::<Flex>(&x, [4, width]), rotation));
+        assert_same(&values(round_activations(matrix::<Flex>(&x, [4, width]), rotation)), &expected, "flex");
+        assert_same(&values(round_activations(matrix::<NdArray>(&x, [4, width]), rotation)), &expected, "ndarray");
+        // The rounding counts as the identity, so the gradient is the one of the rotation alone.
+        let gradient = Noise::new(seed ^ 1).floats(4 * width);
+        let tracked = matrix::<Autodiff<Flex>>(&x, [4, width]).require_grad();
+        let y = round_activations(tracked.clone(), rotation);
+        let grads = (y * matrix(&gradient, [4, width])).sum().backward();
+        let expected = match rotation {
+            Some(rotation) => values(reference::rotate_back(matrix::<NdArray>(&gradient, [4, width]), rotation)),
+            None => gradient,
+        };
+        assert_close(&values(tracked.grad(&grads).unwrap()), &expected, 1e-6, "gradient");
+    }
+}
+
+#[test]
+fn shares_and_the_sink_make_a_whole_and_unseen_keys_get_nothing() {
+    let view = view(Some(3), 4, 2);
+    let scores = tensor::<Flex, 3>(&Noise::new(1).floats(2 * 2 * 5), [2, 2, 5]);
+    let shares = values(Flex::sink_softmax(scores, tensor(&[f32::NEG_INFINITY, 0.0], [2]), view));
+    for (row, shares) in shares.chunks(5).enumerate() {
+        // Queries 4 and 5 see three keys each, of which the block's keys 2 to 6 hold the last ones.
+        let seen = view.seen(row % 2, 5);
+        assert_eq!(seen, [0..3, 1..4][row % 2]);
+        let total: f32 = shares.iter().sum();
+        assert!(shares.iter().enumerate().all(|(key, share)| seen.contains(&key) == (*share > 0.0)), "{shares:?}");
+        assert!(if row < 2 { (total - 1.0).abs() < 1e-6 } else { total < 0.95 }, "{total}");
+    }
+}
+
+#[test]
+fn what_is_no_number_stays_in_its_row() {
+    let scores = [1.0, f32::NAN, 0.5, 1.0, 0.0, 2.0];
+    let shares = values(Flex::sink_softmax(tensor(&scores, [1, 2, 3]), tensor(&[0.0], [1]), view(None, 2, 0)));
+    assert!(shares[..3].iter().all(|share| share.is_nan()) && shares[3..].iter().all(|share| share.is_finite()));
+    let rounded = values(round_activations(matrix::<Flex>(&[1.0, f32::INFINITY, 1.0, 2.0], [2, 2]), None));
+    assert!(rounded[..2].iter().all(|x| x.is_nan()) && rounded[2..].iter().all(|x| x.is_finite()), "{rounded:?}");
+    assert!(values(round_activations(matrix::<Flex>(&[], [0, 4]), None)).is_empty());
+}
