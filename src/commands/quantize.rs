@@ -7,7 +7,7 @@ use clap::Args;
 use ternoss::{
     Cpu,
     backends::CodeFormat,
-    calib::{self, Method, QuantizeOptions, Steps, check, quantize},
+    calib::{self, LEARNING_RATE, Method, QuantizeOptions, Steps, check, quantize},
     model::{Checkpoint, GptOssConfig},
     quant::{Granularity, TernaryConfig},
 };
@@ -49,6 +49,9 @@ pub(crate) struct QuantizeArgs {
     /// Afterwards tune scales, norms, biases, sinks and router on the full-precision model's predictions, for so many steps
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_value_t = 0, default_missing_value = "100")]
     distill: usize,
+    /// Highest learning rate of distillation: the share of itself by which a scale moves in a step; small models take more
+    #[arg(long, value_name = "RATE", default_value_t = LEARNING_RATE, value_parser = learning_rate)]
+    learning_rate: f64,
     /// Inputs per scale (a multiple of 64), "row" for one scale a row, "tensor" for one a matrix
     #[arg(long, default_value = "64", value_parser = granularity)]
     group_size: Granularity,
@@ -70,6 +73,11 @@ pub(crate) struct QuantizeArgs {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
+}
+
+fn learning_rate(text: &str) -> Result<f64, String> {
+    let positive = |rate: &f64| rate.is_finite() && *rate > 0.0;
+    text.parse().ok().filter(positive).ok_or_else(|| "expected a number above 0".into())
 }
 
 fn granularity(text: &str) -> Result<Granularity, String> {
@@ -94,6 +102,7 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         planes: args.planes,
         bits_per_weight: args.bits_per_weight,
         distill: args.distill,
+        learning_rate: args.learning_rate,
         table_planes: args.table_planes,
         keep_experts: args.keep_experts,
         target_size: args.target_size,

@@ -37,9 +37,6 @@ use crate::{
 /// Windows whose gradients make a step.
 pub const WINDOWS_PER_STEP: usize = 2;
 
-/// Peak learning rate, in units of what is tuned: a scale moves by this share of itself in a step.
-const LEARNING_RATE: f64 = 2e-3;
-
 /// Share of the steps in which the learning rate rises.
 const WARM_UP: f64 = 0.1;
 
@@ -123,14 +120,14 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         })
     }
 
-    /// Takes `steps` steps; `progress` hears of each and its loss.
-    pub(crate) fn run(mut self, steps: usize, progress: &dyn Fn(f64)) -> Result<Distilled<B>, CalibError> {
+    /// Takes `steps` steps with learning rates up to `peak`; `progress` hears of each and its loss.
+    pub(crate) fn run(mut self, steps: usize, peak: f64, progress: &dyn Fn(f64)) -> Result<Distilled<B>, CalibError> {
         let before = self.held_out()?;
         for step in 0..steps {
             let first = step * WINDOWS_PER_STEP;
             let batch: Vec<usize> =
                 (first..first + WINDOWS_PER_STEP).map(|w| w % self.calibration.distilled().len()).collect();
-            progress(self.step(&batch, LEARNING_RATE * learning_rate(step, steps))?);
+            progress(self.step(&batch, peak * learning_rate(step, steps))?);
         }
         let after = self.held_out()?;
         Ok(Distilled { norm: self.tuned_norm.value(0).inner(), layers: self.layers, before, after })

@@ -64,7 +64,7 @@ pub use error::CalibError;
 pub use finite::Side;
 pub use levels::MAX_PLANES;
 pub use method::{Method, Steps};
-pub use pipeline::{Progress, QuantizeOptions, check, quantize, ternary_weights};
+pub use pipeline::{LEARNING_RATE, Progress, QuantizeOptions, check, quantize, ternary_weights};
 pub use prune::KeptExpert;
 pub use report::{Distilled, ExpertLoads, HeldOut, LayerReport, MatrixReport, PartBytes, Reconstruction, Report};
 pub use size::Reduction;

@@ -43,6 +43,8 @@ pub struct QuantizeOptions {
     pub bits_per_weight: Option<f64>,
     /// Steps of distillation after the last layer: 0 for none.
     pub distill: usize,
+    /// Highest learning rate of distillation: the share of itself by which a scale moves in a step. Small models take more.
+    pub learning_rate: f64,
     /// Planes of embedding and output layer, 1 to 3; `None` leaves them as the checkpoint has them.
     pub table_planes: Option<usize>,
     /// Experts that each layer keeps, the most important ones on the calibration text; `None` for all.
@@ -77,6 +79,7 @@ impl QuantizeOptions {
             planes: 1,
             bits_per_weight: None,
             distill: 0,
+            learning_rate: LEARNING_RATE,
             table_planes: None,
             keep_experts: None,
             target_size: None,
@@ -84,6 +87,9 @@ impl QuantizeOptions {
         }
     }
 }
+
+/// Learning rate of distillation unless another is given.
+pub const LEARNING_RATE: f64 = 2e-4;
 
 /// Planes of every matrix, for a run that goes on.
 const PLAN_FILE: &str = "plan.json";
@@ -317,7 +323,8 @@ fn distill<B: TernaryBackend>(
     let layers = student.config().num_hidden_layers();
     let mut writer = FolderWriter::create(output, layers + 1, options.overwrite)?;
     let distillation = Distillation::<B>::new(job.checkpoint, &student, calibration, job.device)?;
-    let distilled = distillation.run(options.distill, &|divergence| progress(Progress::Distilled { divergence }))?;
+    let distilled = distillation
+        .run(options.distill, options.learning_rate, &|divergence| progress(Progress::Distilled { divergence }))?;
     let kept = distilled.after.kl_divergence < distilled.before.kl_divergence;
     report.distillation = Some(Distilled { steps: options.distill, kept, before: distilled.before });
     report.held_out = Some(if kept { distilled.after } else { distilled.before });
