@@ -56,10 +56,11 @@ fn variants(gradient_steps: usize) -> Result<Vec<Variant>> {
     ];
     for step in Steps::NAMES {
         let steps = default.steps.without(step).map_err(anyhow::Error::msg)?;
-        let name = format!("ternoss without {step}");
         // What is not among the steps cannot be left out.
-        variants
-            .extend((steps != default.steps).then(|| Variant { name, options: QuantizeOptions { steps, ..default } }));
+        if steps != default.steps {
+            let options = QuantizeOptions { steps, ..default };
+            variants.push(Variant { name: format!("ternoss without {step}"), options });
+        }
     }
     let reconstructed = Steps { reconstruction: gradient_steps, ..default.steps };
     variants.extend([

@@ -144,7 +144,7 @@ pub fn round_activations<B: TernaryBackend>(x: Tensor<B, 2>, rotation: Option<Ro
 ///
 /// Each token (a vector of `in_features`) is rounded to int8 with one scale, as in BitNet b1.58 (Ma et al. 2024):
 /// `s = max|x| / 127`, `q = clamp(round(x / s), -127, 127)` with halves to even, all zeros if `s` is zero; where the layout
-/// has a [`Rotation`](crate::Rotation), `x` is rotated before. Then
+/// has a [`Rotation`], `x` is rotated before. Then
 ///
 /// ```text
 /// total[p, r] = sum over groups g of group_scale[p, r, g] * dot(q, trits[p, r])_g        an exact i32
@@ -231,7 +231,7 @@ pub fn stored_rows<B: TernaryBackend>(matrix: &StoredMatrix<B>, ids: Tensor<B, 1
 /// y[n] = sum over planes p, in order, of  row_scale[p, id] * group_scale[p, id, .] * trit[p, id, .],   id = ids[n]
 /// ```
 ///
-/// rotated back where the layout has a [`Rotation`](crate::Rotation), so that the rows are those of the matrix before it
+/// rotated back where the layout has a [`Rotation`], so that the rows are those of the matrix before it
 /// was rotated. Nothing but these rows is read. An id that is no row gives a row of NaN. Gradients flow to the row scales.
 ///
 /// # Panics

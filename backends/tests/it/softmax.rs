@@ -17,6 +17,8 @@ fn tensor<B: Backend, const D: usize>(values: &[f32], shape: [usize; D]) -> Tens
     Tensor::from_data(TensorData::new(values.to_vec(), shape), (&B::Device::default(), DType::F32))
 }
 
+type Softmax<B> = fn(Tensor<B, 3>, Tensor<B, 1>, ScoreView) -> Tensor<B, 3>;
+
 fn view(window: Option<usize>, query: usize, key: usize) -> ScoreView {
     ScoreView { spec: AttentionSpec { scale: 0.3, window }, query, key }
 }
@@ -36,15 +38,13 @@ fn softmax_is_the_reference<B: TernaryBackend>(
     let mut noise = Noise::new(seed);
     let scores: Vec<f32> = noise.floats(heads * queries * keys).iter().map(|x| x * 20.0).collect();
     let (sinks, gradient) = (noise.floats(heads), noise.floats(heads * queries * keys));
-    let run = |softmax: fn(Tensor<B, 3>, Tensor<B, 1>, ScoreView) -> Tensor<B, 3>| {
-        softmax(tensor(&scores, sizes), tensor(&sinks, [heads]), view)
-    };
+    let run = |softmax: Softmax<B>| softmax(tensor(&scores, sizes), tensor(&sinks, [heads]), view);
     let found = values(run(B::sink_softmax));
     assert_close(&found, &values(run(reference::sink_softmax)), 2e-6, "shares");
 
     // The gradients: by the kernel, by its formula, and by Burn's own differentiation of the reference.
     type A<B> = Autodiff<B>;
-    let by = |softmax: fn(Tensor<A<B>, 3>, Tensor<A<B>, 1>, ScoreView) -> Tensor<A<B>, 3>| {
+    let by = |softmax: Softmax<A<B>>| {
         let (scores, sinks) =
             (tensor::<A<B>, 3>(&scores, sizes).require_grad(), tensor(&sinks, [heads]).require_grad());
         let grads = (softmax(scores.clone(), sinks.clone(), view) * tensor(&gradient, sizes)).sum().backward();
