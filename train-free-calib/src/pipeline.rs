@@ -172,14 +172,13 @@ fn calibrate<B: TernaryBackend>(
     let &Job { checkpoint, ref recipe, device, .. } = job;
     let settings = settings(checkpoint, recipe, options, calibration);
     let fits = recipe.steps.look_at_text();
-    let calibration = calibration.filter(|_| fits || options.look_at_text());
     let mut activations = match (calibration, recipe.keep_experts) {
         (Some(calibration), _) if fits => Some(Activations::embed(checkpoint, calibration, device)?),
         // Only the full-precision stream goes through the layers.
-        (Some(calibration), _) => Some(Activations::embed(checkpoint, calibration, device)?.without_student()),
+        (Some(calibration), Some(_)) => Some(Activations::embed(checkpoint, calibration, device)?.without_student()),
         (None, _) if fits => return Err(CalibError::NoText { method: recipe.method }),
         (None, Some(keep)) => return Err(CalibError::NoTextToChoose { keep }),
-        (None, None) => None,
+        (_, None) => None,
     };
     let config = read_config(checkpoint)?;
     let layers = checkpoint.config().num_hidden_layers();
@@ -213,7 +212,8 @@ fn calibrate<B: TernaryBackend>(
     // Any of them may be left of a run that was killed.
     (0..=layers).for_each(|layers| writer.remove(&activations_file(layers)));
     writer.remove(PLAN_FILE);
-    let mut report = Report::new(checkpoint, recipe, options.target_size, calibration, done);
+    let looked_at = calibration.filter(|_| fits || recipe.keep_experts.is_some());
+    let mut report = Report::new(checkpoint, recipe, options.target_size, looked_at, done);
     report.planes = job.plan.as_ref().map_or(recipe.planes, Plan::most);
     report.run = fingerprint_of(&settings);
     if let (Some(activations), Some(calibration), true) = (activations, calibration, fits) {
