@@ -7,12 +7,13 @@
 use burn::tensor::{IndexingUpdateOp, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use ternoss_backends::{TernaryBackend, reference::clamped_swiglu};
 use ternoss_model::{
     Checkpoint, ExpertPlacement, LoadOptions,
     attention::Attention,
     cache::LayerCache,
-    checkpoint::{ExpertMatrix, LinearName},
+    checkpoint::{ExpertMatrix, FolderWriter, LinearName},
     layer::Layer,
     rope::{RotaryEmbedding, RotaryTables},
     table::Table,
@@ -20,12 +21,15 @@ use ternoss_model::{
 use ternoss_quant::{BitLinear, Linear, TernaryTensor};
 
 use crate::{
-    CalibError, Calibration, Steps, activations::add_rows, distill::embed, layer::dense_linear, levels::MAX_PLANES,
-    solution::host, ternarize::Recipe, visits::visits,
+    CalibError, Calibration, Progress, Steps, activations::add_rows, distill::embed, layer::dense_linear,
+    levels::MAX_PLANES, size::layer_weights, solution::host, step::Job, ternarize::Recipe, visits::visits,
 };
 
 /// Ternary tensors of a layer: q, k, v, o, then all gate_up and all down matrices of the experts.
 pub(crate) const TENSORS: usize = 6;
+
+/// Planes of every matrix, for a run that goes on.
+pub(crate) const PLAN_FILE: &str = "plan.json";
 
 /// Windows that sensitivity is measured on.
 const WINDOWS: usize = 4;
@@ -80,8 +84,52 @@ impl Plan {
     }
 }
 
+/// The planes of every matrix within so many bits a weight: measured, or taken over from an interrupted run.
+pub(crate) fn plan<B: TernaryBackend>(
+    job: &Job<'_, B>,
+    bits_per_weight: f64,
+    calibration: &Calibration,
+    writer: &FolderWriter,
+    progress: &dyn Fn(Progress),
+) -> Result<Plan, CalibError> {
+    let checkpoint = job.checkpoint;
+    let layers = checkpoint.config().num_hidden_layers();
+    let known = writer.read(PLAN_FILE).ok().and_then(|text| serde_json::from_slice::<Plan>(&text).ok());
+    if let Some(plan) = known.filter(|plan| plan.0.len() == layers) {
+        return Ok(plan);
+    }
+    let (budget, bytes) = plane_budget(checkpoint, &job.recipe, bits_per_weight)?;
+    let measured = || progress(Progress::Measured);
+    let most = (bytes.iter().sum::<usize>() * layers * MAX_PLANES) as f64;
+    let plan = match most <= budget {
+        true => Plan(vec![[MAX_PLANES; TENSORS]; layers]),
+        false => {
+            Plan::within(budget, &sensitivity::<B>(checkpoint, &job.recipe, calibration, job.device, &measured)?, bytes)
+        }
+    };
+    writer.file(PLAN_FILE, json!(plan).to_string().as_bytes())?;
+    Ok(plan)
+}
+
+/// The bytes that all matrices may take, and those of one plane of each tensor of a layer.
+pub(crate) fn plane_budget(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    bits_per_weight: f64,
+) -> Result<(f64, LayerPlanes), CalibError> {
+    let layers = checkpoint.config().num_hidden_layers();
+    let bytes = recipe.plane_bytes(checkpoint.config());
+    let weights = (layers * layer_weights(checkpoint, recipe.keep_experts)) as f64;
+    let least = 8.0 * (bytes.iter().sum::<usize>() * layers) as f64 / weights;
+    // Whatever is no number is too few as well.
+    match bits_per_weight >= least {
+        true => Ok((bits_per_weight / 8.0 * weights, bytes)),
+        false => Err(CalibError::Budget { bits_per_weight, least }),
+    }
+}
+
 /// Measures the sensitivity of all layers on the first windows of the text.
-pub(crate) fn sensitivity<B: TernaryBackend>(
+fn sensitivity<B: TernaryBackend>(
     checkpoint: &Checkpoint,
     recipe: &Recipe,
     calibration: &Calibration,

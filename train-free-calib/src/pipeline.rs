@@ -16,7 +16,7 @@ use ternoss_quant::{Granularity, TernaryConfig};
 use crate::{
     CalibError, Calibration, Method, Report, Steps,
     activations::Activations,
-    budget::{Plan, TENSORS, sensitivity},
+    budget::{PLAN_FILE, Plan, plan, plane_budget},
     distill::Distillation,
     folder::{bytes_in, check_folders, finish, quantization_config, read_config, with_suffix},
     layer::TernaryLayer,
@@ -90,9 +90,6 @@ impl QuantizeOptions {
 
 /// Learning rate of distillation unless another is given.
 pub const LEARNING_RATE: f64 = 2e-4;
-
-/// Planes of every matrix, for a run that goes on.
-const PLAN_FILE: &str = "plan.json";
 
 /// Weights of attention and experts, which a quantization of all of them makes ternary.
 pub fn ternary_weights(checkpoint: &Checkpoint) -> usize {
@@ -225,39 +222,6 @@ fn calibrate<B: TernaryBackend>(
     Ok(report)
 }
 
-/// The planes of every matrix within so many bits a weight: measured, or taken over from an interrupted run.
-fn plan<B: TernaryBackend>(
-    job: &Job<'_, B>,
-    bits_per_weight: f64,
-    calibration: &Calibration,
-    writer: &FolderWriter,
-    progress: &dyn Fn(Progress),
-) -> Result<Plan, CalibError> {
-    let checkpoint = job.checkpoint;
-    let layers = checkpoint.config().num_hidden_layers();
-    let known = writer.read(PLAN_FILE).ok().and_then(|text| serde_json::from_slice::<Plan>(&text).ok());
-    if let Some(plan) = known.filter(|plan| plan.0.len() == layers) {
-        return Ok(plan);
-    }
-    let bytes = job.recipe.plane_bytes(checkpoint.config());
-    let weights = layers * layer_weights(checkpoint, job.recipe.keep_experts);
-    let budget = bits_per_weight / 8.0 * weights as f64;
-    let least = (bytes.iter().sum::<usize>() * layers) as f64;
-    // Whatever is no number is too few as well.
-    if budget.max(0.0) < least || budget.is_nan() {
-        return Err(CalibError::Budget { bits_per_weight, least: 8.0 * least / weights as f64 });
-    }
-    let measured = || progress(Progress::Measured);
-    let plan = match least * MAX_PLANES as f64 <= budget {
-        true => Plan(vec![[MAX_PLANES; TENSORS]; layers]),
-        false => {
-            Plan::within(budget, &sensitivity::<B>(checkpoint, &job.recipe, calibration, job.device, &measured)?, bytes)
-        }
-    };
-    writer.file(PLAN_FILE, json!(plan).to_string().as_bytes())?;
-    Ok(plan)
-}
-
 /// Makes a weight file and notes that it is done.
 fn take_step<B: TernaryBackend>(
     job: &Job<'_, B>,
@@ -373,7 +337,11 @@ fn fingerprint_of(settings: &Value) -> String {
 /// [`CalibError`]
 pub fn check(checkpoint: &Checkpoint, output: &Path, options: &QuantizeOptions) -> Result<(), CalibError> {
     check_folders(checkpoint, output)?;
-    recipe(&options.resolved(checkpoint)?)?.check_layout(checkpoint)?;
+    let recipe = recipe(&options.resolved(checkpoint)?)?;
+    recipe.check_layout(checkpoint)?;
+    if let Some(bits) = options.bits_per_weight {
+        plane_budget(checkpoint, &recipe, bits)?;
+    }
     Ok(FolderWriter::check(output, options.overwrite)?)
 }
 
