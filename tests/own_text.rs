@@ -224,5 +224,5 @@ fn an_ablation_takes_the_models_own_text_too() {
     let few = ["--calibration-tokens", "128", "--calibration-context", "64", "--context", "64", "--max-tokens", "64"];
     let args = ["ablation", "--json", "--calibration", "self", "--model", utf8(&model), "--text", utf8(&text)];
     let rows = ternoss_ok(&[&args[..], &few].concat());
-    assert!(rows.lines().count() > 5 && rows.contains("ternoss, planes: 2"), "{rows}");
+    assert!(rows.lines().count() > 5 && rows.contains("ternoss, 2 planes"), "{rows}");
 }
