@@ -17,7 +17,7 @@ use crate::{
         experts::{self, Experts},
         linear,
         stored::{self, StoredRows},
-        tokens::Tokens,
+        tokens::{self, Tokens},
     },
     format::{FormatError, Rotation, TernaryLayout, TernaryWeight},
     ops::{ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
@@ -184,7 +184,7 @@ pub(crate) fn sink_softmax_gradient<B: HostBackend>(
 pub(crate) fn round_activations<B: HostBackend>(x: Tensor<B, 2>, rotation: Option<Rotation>) -> Tensor<B, 2> {
     let (shape, device) = (x.dims(), x.device());
     let mut x = elements(x);
-    attention::round_tokens(Kernels::detect(), &mut x, shape[1], rotation);
+    tokens::round_tokens(Kernels::detect(), &mut x, shape[1], rotation);
     finish(Ok(()), x, shape, &device)
 }
 

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Kernels;
-use crate::{format::Rotation, ops::ScoreView};
+use crate::ops::ScoreView;
 
 /// Numbers a task should have at least.
 const TASK: usize = 1 << 14;
@@ -42,10 +42,4 @@ pub fn sink_softmax_gradient(
         rows.map(|(shares, gradient)| kernels.sink_softmax_gradient(shares, gradient, scale)).sum::<f32>()
     };
     heads.map(of_head).collect()
-}
-
-/// Tokens of `in_features` each as a ternary kernel sees them, in floats, in their place.
-pub fn round_tokens(kernels: Kernels, x: &mut [f32], in_features: usize, rotation: Option<Rotation>) {
-    let tokens = x.par_chunks_exact_mut(in_features.max(1)).with_min_len(TASK.div_ceil(in_features.max(1)));
-    tokens.for_each(|x| kernels.round_token(x, rotation));
 }

@@ -22,6 +22,9 @@ pub(super) const SUM_LANES: usize = 16;
 /// Elements from which on tokens are rounded on several threads.
 const PARALLEL_ELEMENTS: usize = 1 << 18;
 
+/// Numbers that a task of [`round_tokens`] should have at least.
+const TASK_ELEMENTS: usize = 1 << 14;
+
 /// The int8 activations of two blocks, on a cache line boundary.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
@@ -127,4 +130,10 @@ pub(super) const fn pairs(in_features: usize) -> usize {
 /// Block sums, or block scales, of a row with their padding.
 pub(super) const fn sums(in_features: usize) -> usize {
     in_features.div_ceil(BLOCK).next_multiple_of(SUM_LANES)
+}
+
+/// Tokens of `in_features` each as a ternary kernel sees them, in floats, in their place.
+pub fn round_tokens(kernels: Kernels, x: &mut [f32], in_features: usize, rotation: Option<Rotation>) {
+    let tokens = x.par_chunks_exact_mut(in_features.max(1)).with_min_len(TASK_ELEMENTS.div_ceil(in_features.max(1)));
+    tokens.for_each(|x| kernels.round_token(x, rotation));
 }

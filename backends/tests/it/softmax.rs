@@ -7,7 +7,7 @@ use burn_ndarray::NdArray;
 use proptest::prelude::*;
 use ternoss_backends::{
     AttentionSpec, Rotation, ScoreView, TernaryBackend,
-    cpu::{Isa, Kernels, attention},
+    cpu::{Isa, Kernels, attention, tokens},
     reference, round_activations,
 };
 
@@ -83,7 +83,7 @@ proptest! {
             let mut slopes = gradient.clone();
             let of_sinks = attention::sink_softmax_gradient(kernels, &shares, &mut slopes, [queries, keys], 0.3);
             let mut rounded = x.clone();
-            attention::round_tokens(kernels, &mut rounded, width, Some(Rotation::default()));
+            tokens::round_tokens(kernels, &mut rounded, width, Some(Rotation::default()));
             [shares, slopes, of_sinks, rounded].concat()
         };
         let expected = run(&Isa::Scalar);
