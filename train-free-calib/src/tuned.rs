@@ -39,6 +39,9 @@ struct Slot<B: Backend> {
     soft: bool,
 }
 
+/// What a tensor of zeros moves by, as in Adafactor's relative steps (Shazeer and Stern, arXiv 1804.04235).
+const LEAST_UNIT: f32 = 1e-3;
+
 /// Share of the trits that a price keeps where they are, in the first step.
 const STAYING: f64 = 0.95;
 
@@ -271,9 +274,10 @@ impl<B: TernaryBackend> Assembly<'_, B> {
             packed.push(PackedTernary::pack(&parts, layout.format, layout.rotation)?);
         }
         let config = TernaryConfig { rotation: layout.rotation, ..TernaryConfig::default() };
-        // What an output is for inputs of size 1.
-        let unit = rms(&sum.clone().inner().reshape([-1])) * (layout.in_features as f32).sqrt();
-        let bias = bias.map(|bias| self.tune(bias, unit));
+        let bias = bias.map(|bias| {
+            let unit = rms(&bias);
+            self.tune(bias, unit)
+        });
         Ok(Linear::Ternary(BitLinear::composed(sum, bias, &config)))
     }
 }
@@ -283,10 +287,10 @@ fn keep<B: Backend, const D: usize>(value: Tensor<B, D>) -> Param<Tensor<B, D>> 
     Param::initialized(ParamId::new(), value)
 }
 
-/// Root of the mean square.
+/// Root of the mean square, at least [`LEAST_UNIT`].
 fn rms<B: Backend>(values: &Tensor<B, 1>) -> f32 {
     let squares: f64 = host(values.clone()).iter().map(|value| f64::from(*value).powi(2)).sum();
-    (squares / values.dims()[0].max(1) as f64).sqrt() as f32
+    LEAST_UNIT.max((squares / values.dims()[0].max(1) as f64).sqrt() as f32)
 }
 
 #[cfg(test)]
