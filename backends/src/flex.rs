@@ -6,14 +6,46 @@ use burn::tensor::{Element, Int, Tensor};
 use burn_flex::{Flex, FlexTensor};
 
 use crate::{
+    cpu,
     format::{Rotation, TernaryWeight},
     host::{self, HostBackend},
-    ops::{ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
+    ops::{BiasedWeight, LayerCache, ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
 };
 
 impl TernaryBackend for Flex {
     fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
         host::ternary_linear(x, weight, matrix)
+    }
+
+    fn ternary_linears(x: Tensor<Self, 2>, linears: &[BiasedWeight<Self>]) -> Vec<Tensor<Self, 2>> {
+        host::ternary_linears(x, linears)
+    }
+
+    fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
+        host::rms_norm(x, gamma, epsilon)
+    }
+
+    fn route(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Tensor<Self, 1>,
+        k: usize,
+    ) -> (Tensor<Self, 2, Int>, Tensor<Self, 2>) {
+        host::route(x, weight, bias, k)
+    }
+
+    fn cached_attention(
+        qkv: [Tensor<Self, 2>; 3],
+        rope: [Tensor<Self, 2>; 2],
+        sinks: Tensor<Self, 1>,
+        scale: f32,
+        cache: &mut LayerCache<Self>,
+    ) -> Tensor<Self, 2> {
+        host::cached_attention(qkv, rope, sinks, scale, cache)
+    }
+
+    fn session<R>(work: impl FnOnce() -> R) -> R {
+        cpu::session(work)
     }
 
     fn ternary_experts(

@@ -15,12 +15,13 @@ use crate::{
     cpu::{
         Kernels, TernaryMatrices, TernaryRows, attention,
         experts::{self, Experts},
-        linear,
+        linear::{self, Product},
+        routing,
         stored::{self, StoredRows},
         tokens::{self, Tokens},
     },
     format::{FormatError, Rotation, TernaryLayout, TernaryWeight},
-    ops::{ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
+    ops::{AttentionSpec, BiasedWeight, LayerCache, ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
 };
 
 /// A backend whose tensors can be read as slices: borrowed where they are contiguous, copied otherwise.
@@ -54,11 +55,33 @@ impl<B: HostBackend> WeightParts<B> {
         }
     }
 
+    fn slices(&self) -> WeightSlices<'_> {
+        WeightSlices {
+            layout: self.layout,
+            codes: B::words(&self.codes),
+            row_scales: B::floats(&self.row_scales),
+            group_scales: self.group_scales.as_ref().map(|scales| B::octets(scales)),
+        }
+    }
+
     /// Runs something on the kernels' view of the weight.
     fn with<R>(&self, run: impl FnOnce(TernaryMatrices<'_>) -> Result<R, FormatError>) -> Result<R, FormatError> {
-        let (codes, row_scales) = (B::words(&self.codes), B::floats(&self.row_scales));
-        let group_scales = self.group_scales.as_ref().map(|scales| B::octets(scales));
-        run(TernaryMatrices::new(self.layout, &codes, &row_scales, group_scales.as_deref())?)
+        run(self.slices().view()?)
+    }
+}
+
+/// The slices of a ternary weight.
+struct WeightSlices<'a> {
+    layout: TernaryLayout,
+    codes: Cow<'a, [u32]>,
+    row_scales: Cow<'a, [f32]>,
+    group_scales: Option<Cow<'a, [u8]>>,
+}
+
+impl WeightSlices<'_> {
+    /// The kernels' view of the weight.
+    fn view(&self) -> Result<TernaryMatrices<'_>, FormatError> {
+        TernaryMatrices::new(self.layout, &self.codes, &self.row_scales, self.group_scales.as_deref())
     }
 }
 
@@ -79,6 +102,84 @@ pub(crate) fn ternary_linear<B: HostBackend>(
         linear::ternary_linear(kernels, &matrix, &x, &mut out)
     });
     finish(result, out, [tokens, rows], &device)
+}
+
+/// [`TernaryBackend::ternary_linears`] by the kernels.
+pub(crate) fn ternary_linears<B: HostBackend>(x: Tensor<B, 2>, linears: &[BiasedWeight<B>]) -> Vec<Tensor<B, 2>> {
+    let ([tokens, in_features], device) = (x.dims(), x.device());
+    let Some(rotation) = linears.first().map(|linear| linear.weight.layout.rotation) else { return Vec::new() };
+    if linears.iter().any(|linear| linear.weight.layout.rotation != rotation) {
+        let each = linears.chunks(1).flat_map(|linear| ternary_linears(x.clone(), linear));
+        return each.collect();
+    }
+    let (x, kernels) = (primitive(x), Kernels::detect());
+    let x = Tokens::quantize(kernels, &B::floats(&x), in_features, rotation);
+    let parts: Vec<_> = linears.iter().map(|linear| WeightParts::new(&linear.weight)).collect();
+    let slices: Vec<_> = parts.iter().map(WeightParts::slices).collect();
+    let biases: Vec<_> = linears.iter().map(|linear| linear.bias.clone().map(primitive)).collect();
+    let biases: Vec<_> = biases.iter().map(|bias| bias.as_ref().map(|bias| B::floats(bias))).collect();
+    let mut outs: Vec<_> = linears.iter().map(|linear| vec![0.0; tokens * linear.weight.layout.rows]).collect();
+    let products = slices.iter().zip(&biases).zip(&mut outs).map(|((slices, bias), out)| {
+        let rows = one_matrix(&slices.view()?, 0)?;
+        Product::new(rows, &x, bias.as_deref(), out)
+    });
+    let result = products.collect::<Result<_, _>>().map(|products| linear::run(kernels, products));
+    if let Err(error) = result {
+        return vec![finish(Err(error), Vec::new(), [0, 0], &device)];
+    }
+    let outs = outs.into_iter().zip(linears);
+    outs.map(|(out, linear)| finish(Ok(()), out, [tokens, linear.weight.layout.rows], &device)).collect()
+}
+
+/// [`TernaryBackend::rms_norm`] by the kernels.
+pub(crate) fn rms_norm<B: HostBackend>(x: Tensor<B, 2>, gamma: Tensor<B, 1>, epsilon: f64) -> Tensor<B, 2> {
+    let (shape, device) = (x.dims(), x.device());
+    let (x, gamma) = (primitive(x), primitive(gamma));
+    let mut out = vec![0.0; shape[0] * shape[1]];
+    let result = routing::rms_norm(Kernels::detect(), &B::floats(&x), &B::floats(&gamma), epsilon as f32, &mut out);
+    finish(result, out, shape, &device)
+}
+
+/// [`TernaryBackend::route`] by the kernels.
+pub(crate) fn route<B: HostBackend>(
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    bias: Tensor<B, 1>,
+    k: usize,
+) -> (Tensor<B, 2, Int>, Tensor<B, 2>) {
+    let (shape, device) = ([x.dims()[0], k], x.device());
+    let (x, weight, bias) = (primitive(x), primitive(weight), primitive(bias));
+    let routes = routing::route(Kernels::detect(), &B::floats(&x), &B::floats(&weight), &B::floats(&bias), k);
+    match routes {
+        Ok((chosen, weights)) => {
+            (Tensor::from_data(TensorData::new(chosen, shape), &device), finish(Ok(()), weights, shape, &device))
+        }
+        Err(error) => (Tensor::zeros(shape, &device), finish(Err(error), Vec::new(), [0, 0], &device)),
+    }
+}
+
+/// [`TernaryBackend::cached_attention`] by the kernels.
+pub(crate) fn cached_attention<B: HostBackend>(
+    [q, k, v]: [Tensor<B, 2>; 3],
+    [cos, sin]: [Tensor<B, 2>; 2],
+    sinks: Tensor<B, 1>,
+    scale: f32,
+    cache: &mut LayerCache<B>,
+) -> Tensor<B, 2> {
+    let (shape @ [tokens, _], device, head_dim) = (q.dims(), q.device(), 2 * cos.dims()[1]);
+    let kv_heads = k.dims()[1] / head_dim;
+    let (mut q, mut k, v) = (elements(q), elements(k), primitive(v));
+    let (cos, sin, sinks) = (primitive(cos), primitive(sin), primitive(sinks));
+    let tables = [B::floats(&cos), B::floats(&sin)];
+    let tables = tables.each_ref().map(|table| &**table);
+    attention::rotate(&mut q, head_dim, tables, tokens);
+    attention::rotate(&mut k, head_dim, tables, tokens);
+    let spec = AttentionSpec { scale, window: cache.window() };
+    let heads = cache.push(&k, &B::floats(&v), kv_heads, head_dim);
+    let mut out = vec![0.0; shape[0] * shape[1]];
+    let result = attention::cached_attention(Kernels::detect(), &q, heads, &B::floats(&sinks), spec, &mut out);
+    cache.forget();
+    finish(result, out, shape, &device)
 }
 
 /// [`TernaryBackend::ternary_rows`] on the host's slices.

@@ -32,6 +32,7 @@ pub mod reference;
 pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 pub use mapped::{MappedError, MappedFile};
 pub use ops::{
-    AttentionSpec, ClampedSwiGlu, ScoreView, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts,
-    round_activations, sink_attention, stored_linear, stored_rows, ternary_experts, ternary_linear, ternary_rows,
+    AttentionSpec, BiasedWeight, ClampedSwiGlu, KvFormat, LayerCache, ScoreView, StoredFloat, StoredMatrix,
+    TernaryBackend, TernaryExperts, cached_attention, rms_norm, round_activations, route, sink_attention,
+    stored_linear, stored_rows, ternary_experts, ternary_linear, ternary_linears, ternary_rows,
 };

@@ -4,7 +4,7 @@ use burn::{
     module::{Module, Param},
     tensor::{Tensor, backend::Backend},
 };
-use ternoss_backends::{AttentionSpec, FormatError, TernaryBackend, sink_attention};
+use ternoss_backends::{FormatError, TernaryBackend, cached_attention};
 use ternoss_quant::{Linear, TernaryConfig};
 
 use crate::{cache::LayerCache, rope::RotaryTables};
@@ -38,18 +38,9 @@ impl<B: TernaryBackend> Attention<B> {
 
     /// What `o_proj` sees: the values mixed by attention, `[tokens, hidden]` to `[tokens, q_heads * head_dim]`.
     pub fn mix(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
-        let q = rope.rotate(self.heads(self.q_proj.forward(x.clone())));
-        let k = rope.rotate(self.heads(self.k_proj.forward(x.clone())));
-        let v = self.heads(self.v_proj.forward(x));
-        let (keys, values) = cache.append(k, v);
-        let spec = AttentionSpec { scale: (self.head_dim as f32).sqrt().recip(), window: self.window };
-        sink_attention(q, keys, values, self.sinks.val(), spec)
-    }
-
-    /// `[tokens, heads * head_dim]` to `[heads, tokens, head_dim]`.
-    fn heads(&self, x: Tensor<B, 2>) -> Tensor<B, 3> {
-        let [tokens, width] = x.dims();
-        x.reshape([tokens, width / self.head_dim, self.head_dim]).swap_dims(0, 1)
+        let qkv = Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], x);
+        let scale = (self.head_dim as f32).sqrt().recip();
+        cached_attention(qkv, [rope.cos.clone(), rope.sin.clone()], self.sinks.val(), scale, cache)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The key-value cache: passed to `forward`, never a field of a module.
 
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::backend::Backend;
+pub use ternoss_backends::{KvFormat, LayerCache};
 
 use crate::config::GptOssConfig;
 
@@ -11,20 +12,25 @@ pub struct KvCache<B: Backend> {
     position: usize,
 }
 
-/// Keys and values of one layer, each `[kv_heads, entries, head_dim]`.
-#[derive(Clone, Debug)]
-pub struct LayerCache<B: Backend> {
-    entries: Option<(Tensor<B, 3>, Tensor<B, 3>)>,
-    window: Option<usize>,
-}
-
 impl<B: Backend> KvCache<B> {
     /// An empty cache for a model.
     pub fn new(config: &GptOssConfig) -> Self {
-        let layers = (0..config.num_hidden_layers())
-            .map(|layer| LayerCache { entries: None, window: config.window(layer) })
-            .collect();
+        let layers = (0..config.num_hidden_layers()).map(|layer| LayerCache::new(config.window(layer))).collect();
         Self { layers, position: 0 }
+    }
+
+    /// An empty cache that keeps its numbers in another format.
+    #[must_use]
+    pub fn with_format(self, format: KvFormat) -> Self {
+        let layers = self.layers.into_iter().map(|layer| layer.with_format(format)).collect();
+        Self { layers, ..self }
+    }
+
+    /// An empty cache from which up to `spare` tokens can be taken back.
+    #[must_use]
+    pub fn with_spare(self, spare: usize) -> Self {
+        let layers = self.layers.into_iter().map(|layer| layer.with_spare(spare)).collect();
+        Self { layers, ..self }
     }
 
     /// Tokens seen so far: the position of the next one.
@@ -34,7 +40,16 @@ impl<B: Backend> KvCache<B> {
 
     /// Entries layer `layer` holds.
     pub fn entries(&self, layer: usize) -> usize {
-        self.layers.get(layer).and_then(|cache| cache.entries.as_ref()).map_or(0, |(keys, _)| keys.dims()[1])
+        self.layers.get(layer).map_or(0, LayerCache::entries)
+    }
+
+    /// Takes tokens back, until `position` of them are left.
+    ///
+    /// # Panics
+    /// If a sliding layer does not keep what is needed for it: see [`with_spare`](Self::with_spare).
+    pub fn truncate(&mut self, position: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.truncate(position));
+        self.position = self.position.min(position);
     }
 
     pub(crate) fn layers_mut(&mut self) -> impl Iterator<Item = &mut LayerCache<B>> {
@@ -43,31 +58,5 @@ impl<B: Backend> KvCache<B> {
 
     pub(crate) fn advance(&mut self, tokens: usize) {
         self.position += tokens;
-    }
-}
-
-impl<B: Backend> LayerCache<B> {
-    /// A cache of one layer, for running that layer alone; `window` as in the layer's attention.
-    pub fn new(window: Option<usize>) -> Self {
-        Self { entries: None, window }
-    }
-
-    /// Appends the keys and values of new tokens and returns all that these tokens may see, in order.
-    ///
-    /// A sliding layer keeps no more entries than its window.
-    pub(crate) fn append(&mut self, keys: Tensor<B, 3>, values: Tensor<B, 3>) -> (Tensor<B, 3>, Tensor<B, 3>) {
-        let (keys, values) = match self.entries.take() {
-            Some((old_keys, old_values)) => {
-                (Tensor::cat(vec![old_keys, keys], 1), Tensor::cat(vec![old_values, values], 1))
-            }
-            None => (keys, values),
-        };
-        let kept = |tensor: &Tensor<B, 3>| {
-            let entries = tensor.dims()[1];
-            let first = entries - self.window.unwrap_or(entries).min(entries);
-            tensor.clone().slice_dim(1, first..entries)
-        };
-        self.entries = Some((kept(&keys), kept(&values)));
-        (keys, values)
     }
 }

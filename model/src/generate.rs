@@ -51,21 +51,23 @@ impl<B: TernaryBackend> GptOss<B> {
         rules: &StopRules,
         mut on_token: impl FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>, GenerateError> {
-        let mut logits = self.prefill(prompt, cache)?;
-        let mut history = prompt.to_vec();
-        while history.len() - prompt.len() < rules.max_tokens {
-            let token = sampler.sample(&host(logits), &history)?;
-            if rules.stop_tokens.contains(&token) {
-                break;
+        B::session(|| {
+            let mut logits = self.prefill(prompt, cache)?;
+            let mut history = prompt.to_vec();
+            while history.len() - prompt.len() < rules.max_tokens {
+                let token = sampler.sample(&host(logits), &history)?;
+                if rules.stop_tokens.contains(&token) {
+                    break;
+                }
+                history.push(token);
+                let enough = history.len() - prompt.len() == rules.max_tokens;
+                if on_token(token).is_break() || enough {
+                    break;
+                }
+                logits = self.forward(self.tokens(&[token])?, cache);
             }
-            history.push(token);
-            let enough = history.len() - prompt.len() == rules.max_tokens;
-            if on_token(token).is_break() || enough {
-                break;
-            }
-            logits = self.forward(self.tokens(&[token])?, cache);
-        }
-        Ok(history.split_off(prompt.len()))
+            Ok(history.split_off(prompt.len()))
+        })
     }
 
     /// Runs a prompt in chunks and returns the logits of its last token `[1, vocabulary]`.

@@ -8,7 +8,13 @@ use burn::{
 use ternoss_backends::{FormatError, TernaryBackend};
 use ternoss_quant::TernaryConfig;
 
-use crate::{cache::KvCache, config::GptOssConfig, layer::Layer, rope::RotaryEmbedding, table::Table};
+use crate::{
+    cache::KvCache,
+    config::GptOssConfig,
+    layer::{Layer, norm},
+    rope::RotaryEmbedding,
+    table::Table,
+};
 
 /// A gpt-oss model: dense, ternary, or layer by layer either.
 ///
@@ -86,7 +92,7 @@ impl<B: TernaryBackend> GptOss<B> {
     /// What the output layer sees: `[tokens]` to `[tokens, hidden]`, normed.
     pub fn hidden(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Tensor<B, 2> {
         let x = self.hidden_states(tokens, cache, |_, _| {});
-        self.norm.forward(x)
+        norm(&self.norm, x)
     }
 
     /// Runs all layers and shows `observe` the residual stream `[tokens, hidden]` before each layer (by its number)

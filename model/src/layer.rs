@@ -5,7 +5,7 @@ use burn::{
     nn,
     tensor::{Tensor, backend::Backend},
 };
-use ternoss_backends::{FormatError, TernaryBackend};
+use ternoss_backends::{FormatError, TernaryBackend, rms_norm};
 use ternoss_quant::TernaryConfig;
 
 use crate::{attention::Attention, cache::LayerCache, experts::Experts, rope::RotaryTables, router::Router};
@@ -43,9 +43,14 @@ impl<B: TernaryBackend> Mlp<B> {
 impl<B: TernaryBackend> Layer<B> {
     /// The residual stream `[tokens, hidden]` before the layer to after it.
     pub fn forward(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
-        let x = x.clone() + self.self_attn.forward(self.input_layernorm.forward(x), rope, cache);
-        x.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x))
+        let x = x.clone() + self.self_attn.forward(norm(&self.input_layernorm, x), rope, cache);
+        x.clone() + self.mlp.forward(norm(&self.post_attention_layernorm, x))
     }
+}
+
+/// What the module's own `forward` gives, by the backend's operation.
+pub(crate) fn norm<B: TernaryBackend>(norm: &nn::RmsNorm<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    rms_norm(x, norm.gamma.val(), norm.epsilon)
 }
 
 impl<B: Backend> Layer<B> {

@@ -8,6 +8,8 @@ use std::ops::Range;
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 
+use ternoss_backends::reference::rotate_heads;
+
 use crate::config::{RopeConfig, Yarn};
 
 /// Rotation frequencies of a head's pairs of dimensions.
@@ -74,12 +76,7 @@ impl RotaryEmbedding {
 impl<B: Backend> RotaryTables<B> {
     /// Rotates `x` `[heads, tokens, head_dim]`; a pair is dimension `i` and `i + head_dim / 2`.
     pub fn rotate(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let half = x.dims()[2] / 2;
-        let first = x.clone().slice_dim(2, 0..half);
-        let second = x.slice_dim(2, half..2 * half);
-        let cos = self.cos.clone().unsqueeze::<3>();
-        let sin = self.sin.clone().unsqueeze::<3>();
-        Tensor::cat(vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin], 2)
+        rotate_heads(x, self.cos.clone(), self.sin.clone())
     }
 }
 

@@ -3,8 +3,9 @@
 use burn::{
     module::{Module, Param},
     nn,
-    tensor::{Int, Tensor, TensorData, activation, backend::Backend},
+    tensor::{Int, Tensor, TensorData, backend::Backend},
 };
+use ternoss_backends::{TernaryBackend, route};
 
 /// Scores experts and keeps the best; always in full precision.
 #[derive(Module, Debug)]
@@ -40,11 +41,17 @@ impl<B: Backend> Router<B> {
         let linear = nn::Linear { weight: Param::from_tensor(weight), bias };
         Self { linear, experts_per_token: self.experts_per_token }
     }
+}
 
+impl<B: TernaryBackend> Router<B> {
     /// Top-k first, then softmax over the chosen only (`GptOssTopKRouter` of transformers).
     pub fn forward(&self, x: Tensor<B, 2>) -> Routing<B> {
-        let (values, indices) = self.logits(x).sort_descending_with_indices(1);
-        let k = self.experts_per_token;
-        Routing { indices: indices.slice_dim(1, 0..k), weights: activation::softmax(values.slice_dim(1, 0..k), 1) }
+        let weight = self.linear.weight.val();
+        let bias = match &self.linear.bias {
+            Some(bias) => bias.val(),
+            None => Tensor::zeros([weight.dims()[1]], &weight.device()),
+        };
+        let (indices, weights) = route(x, weight, bias, self.experts_per_token);
+        Routing { indices, weights }
     }
 }

@@ -5,9 +5,9 @@ use burn::{
     nn,
     tensor::{Tensor, backend::Backend},
 };
-use ternoss_backends::{FormatError, TernaryBackend};
+use ternoss_backends::{BiasedWeight, FormatError, TernaryBackend, ternary_linears};
 
-use crate::{BitLinear, PackedTernary, TernaryConfig};
+use crate::{BitLinear, BitWeight, PackedTernary, TernaryConfig};
 
 /// `y = x W^T + b`, its weight in full precision or ternary: the type of every linear field of a model, so that
 /// making the model ternary is a matter of values, not of types.
@@ -58,6 +58,23 @@ impl<B: Backend> Linear<B> {
 }
 
 impl<B: TernaryBackend> Linear<B> {
+    /// Layers that share their input `[tokens, in_features]`: `[tokens, out_features]` each. Packed ones round it once.
+    pub fn forward_all<const N: usize>(linears: [&Self; N], x: Tensor<B, 2>) -> [Tensor<B, 2>; N] {
+        let packed: Option<Vec<_>> = linears.iter().map(|linear| linear.packed()).collect();
+        let together = packed.map(|packed| ternary_linears(x.clone(), &packed)).unwrap_or_default();
+        <[_; N]>::try_from(together).unwrap_or_else(|_| linears.map(|linear| linear.forward(x.clone())))
+    }
+
+    /// Weight and bias, if they are packed.
+    fn packed(&self) -> Option<BiasedWeight<B>> {
+        match self {
+            Self::Ternary(BitLinear { weight: BitWeight::Packed(weight), bias }) => {
+                Some(BiasedWeight { weight: weight.weight(), bias: bias.as_ref().map(Param::val) })
+            }
+            _ => None,
+        }
+    }
+
     /// `[.., in_features]` to `[.., out_features]`.
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
         match self {

@@ -1,9 +1,21 @@
-//! The softmax of attention with sinks, and its gradient, over all heads and queries.
+//! Attention with sinks: over a cache in memory, and its softmax alone with the gradient.
 
 use rayon::prelude::*;
 
-use super::Kernels;
-use crate::ops::ScoreView;
+use super::{
+    Kernels,
+    kv::{ENTRIES, HeadCaches},
+    linear::check,
+    math::Matrix,
+    tasks,
+};
+use crate::{
+    format::FormatError,
+    ops::{AttentionSpec, ScoreView},
+};
+
+/// Groups of queries that one thread takes at a time, all of one head if there are so many.
+const QUERIES: usize = 16;
 
 /// Numbers a task should have at least.
 const TASK: usize = 1 << 14;
@@ -42,4 +54,128 @@ pub fn sink_softmax_gradient(
         rows.map(|(shares, gradient)| kernels.sink_softmax_gradient(shares, gradient, scale)).sum::<f32>()
     };
     heads.map(of_head).collect()
+}
+
+/// Rotates the heads of some tokens in place: `x` is `[tokens, heads * head_dim]`, `cos` and `sin` `[tokens, head_dim / 2]`;
+/// a pair is dimension `i` and `i + head_dim / 2`.
+pub fn rotate(x: &mut [f32], head_dim: usize, [cos, sin]: [&[f32]; 2], tokens: usize) {
+    let (half, width) = (head_dim / 2, x.len() / tokens.max(1));
+    if half == 0 || width == 0 {
+        return;
+    }
+    let tables = cos.chunks_exact(half).zip(sin.chunks_exact(half));
+    for (x, (cos, sin)) in x.chunks_exact_mut(width).zip(tables) {
+        for head in x.chunks_exact_mut(head_dim) {
+            let (first, second) = head.split_at_mut(half);
+            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+    }
+}
+
+/// The queries of one token that share a head of keys, and where their result goes.
+struct Query<'a> {
+    head: usize,
+    position: usize,
+    /// `[group, head_dim]`
+    q: &'a [f32],
+    /// One a query.
+    sinks: &'a [f32],
+    out: &'a mut [f32],
+}
+
+/// Attention over a cache that the tokens are already part of: `q` and `out` are `[tokens, q_heads * head_dim]`, and the
+/// last token is the cache's last entry.
+///
+/// Sums run over dimensions and entries in order, with fused multiply-adds, so a query's bits depend on nothing but itself
+/// and what it sees.
+///
+/// # Errors
+/// [`FormatError::Length`] if the slices do not fit each other.
+pub fn cached_attention(
+    kernels: Kernels,
+    q: &[f32],
+    cache: &HeadCaches,
+    sinks: &[f32],
+    spec: AttentionSpec,
+    out: &mut [f32],
+) -> Result<(), FormatError> {
+    let (kv_heads, size) = (cache.heads().len(), cache.head_dim());
+    let (width, group) = (sinks.len() * size, sinks.len() / kv_heads.max(1));
+    check("outputs", q.len(), out.len())?;
+    let tokens = q.len().checked_div(width).unwrap_or(0);
+    check("values of the queries", tokens * width, q.len())?;
+    check("query heads", group * kv_heads, sinks.len())?;
+    let before = cache.end().saturating_sub(tokens);
+    let mut queries = Vec::with_capacity(tokens * kv_heads);
+    for (token, (q, out)) in q.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
+        let groups =
+            q.chunks_exact(group * size).zip(out.chunks_exact_mut(group * size)).zip(sinks.chunks_exact(group));
+        let position = before + token;
+        queries.extend(groups.enumerate().map(|(head, ((q, out), sinks))| Query { head, position, q, sinks, out }));
+    }
+    // Those of a head follow each other, while its keys are in the cache.
+    queries.sort_by_key(|query| query.head);
+    let seen = |query: &Query<'_>| spec.window.unwrap_or(usize::MAX).min(query.position + 1);
+    let work = queries.iter().map(|query| 2 * query.q.len() * seen(query)).sum();
+    let parallel = tasks::is_parallel(work);
+    let mut pieces = Vec::new();
+    while !queries.is_empty() {
+        let rest = queries.split_off(queries.len().min(if parallel { QUERIES } else { usize::MAX }));
+        pieces.push(std::mem::replace(&mut queries, rest));
+    }
+    tasks::run(pieces, parallel, |queries| {
+        let mut scratch = Scratch { block: vec![0.0; ENTRIES * size], scores: Vec::new() };
+        queries.into_iter().for_each(|query| attend(kernels, cache, query, spec, &mut scratch));
+    });
+    Ok(())
+}
+
+/// Room for one query at a time.
+struct Scratch {
+    block: Vec<f32>,
+    scores: Vec<f32>,
+}
+
+fn attend(kernels: Kernels, cache: &HeadCaches, query: Query<'_>, spec: AttentionSpec, scratch: &mut Scratch) {
+    let (head, size) = (&cache.heads()[query.head], cache.head_dim());
+    let position = query.position - cache.first();
+    let seen = spec.window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1;
+    let blocks = seen.start / ENTRIES..seen.end.div_ceil(ENTRIES);
+    let (offset, keys) = (blocks.start * ENTRIES, blocks.len() * ENTRIES);
+    let inner = seen.start - offset..seen.end - offset;
+    scratch.scores.clear();
+    scratch.scores.resize(query.sinks.len() * keys, 0.0);
+    for (n, block) in blocks.clone().enumerate() {
+        let block = head.keys.block(block, &mut scratch.block);
+        let out = &mut scratch.scores[n * ENTRIES..];
+        kernels.add_product(
+            Matrix { rows: query.q, stride: size },
+            Matrix { rows: block, stride: ENTRIES },
+            out,
+            keys,
+            size,
+        );
+    }
+    for (scores, sink) in scratch.scores.chunks_exact_mut(keys).zip(query.sinks) {
+        let scores = &mut scores[inner.clone()];
+        scale_by(scores, head.keys.scales(), seen.start);
+        kernels.sink_softmax(scores, spec.scale, *sink);
+        scale_by(scores, head.values.scales(), seen.start);
+    }
+    query.out.fill(0.0);
+    for (n, block) in blocks.enumerate() {
+        let rows = (n * ENTRIES).max(inner.start)..((n + 1) * ENTRIES).min(inner.end);
+        let block = head.values.block(block, &mut scratch.block);
+        let values = Matrix { rows: &block[(rows.start - n * ENTRIES) * size..], stride: size };
+        let shares = Matrix { rows: &scratch.scores[rows.start..], stride: keys };
+        kernels.add_product(shares, values, query.out, size, rows.len());
+    }
+}
+
+fn scale_by(numbers: &mut [f32], scales: Option<&[f32]>, first: usize) {
+    if let Some(scales) = scales {
+        numbers.iter_mut().zip(&scales[first..]).for_each(|(x, scale)| *x *= scale);
+    }
 }

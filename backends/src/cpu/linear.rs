@@ -42,13 +42,33 @@ impl<'a> T2Rows<'a> {
 }
 
 /// A product to be done: all rows of a matrix with some tokens.
-pub(super) struct Product<'a> {
+pub struct Product<'a> {
     pub(super) rows: TernaryRows<'a>,
     pub(super) tokens: Vec<Token<'a>>,
     /// Added to the product, one a row.
     pub(super) bias: Option<&'a [f32]>,
     /// `[tokens, rows]`.
     pub(super) out: &'a mut [f32],
+}
+
+impl<'a> Product<'a> {
+    /// All tokens times one matrix, plus a number a row: `out` is `[tokens, rows]`.
+    ///
+    /// # Errors
+    /// [`FormatError::Length`] if the tokens are not as wide as the matrix, or `bias` or `out` does not have its size.
+    pub fn new(
+        rows: TernaryRows<'a>,
+        tokens: &'a Tokens,
+        bias: Option<&'a [f32]>,
+        out: &'a mut [f32],
+    ) -> Result<Self, FormatError> {
+        let layout = rows.layout();
+        check("values of a token", layout.in_features, tokens.in_features())?;
+        check("outputs", layout.rows * tokens.len(), out.len())?;
+        check("biases", layout.rows, bias.map_or(layout.rows, <[f32]>::len))?;
+        let tokens = (0..tokens.len()).map(|token| tokens.token(token)).collect();
+        Ok(Self { rows, tokens, bias, out })
+    }
 }
 
 /// `out [tokens, rows]` = the tokens times one matrix.
@@ -61,11 +81,7 @@ pub fn ternary_linear(
     tokens: &Tokens,
     out: &mut [f32],
 ) -> Result<(), FormatError> {
-    let layout = *rows.layout();
-    check("values of a token", layout.in_features, tokens.in_features())?;
-    check("outputs", layout.rows * tokens.len(), out.len())?;
-    let tokens = (0..tokens.len()).map(|token| tokens.token(token)).collect();
-    run(kernels, vec![Product { rows: *rows, tokens, bias: None, out }]);
+    run(kernels, vec![Product::new(*rows, tokens, None, out)?]);
     Ok(())
 }
 
@@ -74,7 +90,7 @@ pub(super) fn check(what: &'static str, expected: usize, found: usize) -> Result
 }
 
 /// Does several products at once, sharing all threads among them.
-pub(super) fn run(kernels: Kernels, products: Vec<Product<'_>>) {
+pub fn run(kernels: Kernels, products: Vec<Product<'_>>) {
     let work = |p: &Product<'_>| p.out.len() * p.rows.layout().planes * p.rows.layout().in_features;
     let parallel = tasks::is_parallel(products.iter().map(work).sum());
     let mut inputs = Vec::with_capacity(products.len());

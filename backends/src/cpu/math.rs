@@ -124,6 +124,73 @@ pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale:
     (sum - 1.0) * mean
 }
 
+/// Some rows of numbers, each `stride` after the one before; the last may be shorter than that.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    pub(super) rows: &'a [f32],
+    pub(super) stride: usize,
+}
+
+/// `out += a * b`: `inner` columns of `a`, as many rows of `b`; `out` has rows of `stride` numbers, of which as many are
+/// added to as `b` has columns (its stride), and ends where `a` or `out` does.
+///
+/// Every element is a chain of fused multiply-adds along the rows of `b`, in order.
+#[inline(always)]
+pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
+    let rows = out.len().div_ceil(stride).min(a.rows.len().div_ceil(a.stride));
+    let mut row = 0;
+    while row < rows {
+        let (a, out) = (Matrix { rows: &a.rows[row * a.stride..], ..a }, &mut out[row * stride..]);
+        row += if rows - row >= 4 {
+            add_rows::<4>(a, b, out, stride, inner)
+        } else {
+            add_rows::<1>(a, b, out, stride, inner)
+        };
+    }
+}
+
+/// The same for `R` rows; returns `R`.
+#[inline(always)]
+fn add_rows<const R: usize>(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) -> usize {
+    let a: [&[f32]; R] = std::array::from_fn(|r| &a.rows[r * a.stride..][..inner]);
+    let mut column = 0;
+    while column + LANES <= b.stride {
+        let mut sums: [[f32; LANES]; R] =
+            std::array::from_fn(|r| std::array::from_fn(|lane| out[r * stride + column + lane]));
+        for (i, row) in b.rows.chunks(b.stride).take(inner).enumerate() {
+            let row = &row[column..column + LANES];
+            for (sums, a) in sums.iter_mut().zip(&a) {
+                sums.iter_mut().zip(row).for_each(|(sum, b)| *sum = a[i].mul_add(*b, *sum));
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            out[r * stride + column..][..LANES].copy_from_slice(sums);
+        }
+        column += LANES;
+    }
+    for column in column..b.stride {
+        for (r, a) in a.iter().enumerate() {
+            let column_of_b = b.rows.iter().skip(column).step_by(b.stride);
+            let out = &mut out[r * stride + column];
+            *out = a.iter().zip(column_of_b).fold(*out, |sum, (a, b)| a.mul_add(*b, sum));
+        }
+    }
+    R
+}
+
+/// `x / sqrt(mean(x^2) + epsilon) * gamma`.
+#[inline(always)]
+pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
+    let mut squares = [0.0f32; LANES];
+    for x in x.chunks(LANES) {
+        squares.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
+    }
+    let rms = (squares.iter().sum::<f32>() / x.len() as f32 + epsilon).sqrt();
+    for ((out, x), gamma) in out.iter_mut().zip(x).zip(gamma) {
+        *out = x / rms * gamma;
+    }
+}
+
 /// e^x within 2 units in the last place, of plain operations only. Below -87 it goes to zero, above 88 to infinity.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {

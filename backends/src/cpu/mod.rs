@@ -7,25 +7,31 @@
 //! - [`tokens`]: activations to int8, in the order the kernels read them;
 //! - [`linear`]: ternary products over rows and tokens, on several threads;
 //! - [`experts`]: the routed feed-forward block;
-//! - [`attention`]: the softmax of attention;
+//! - [`attention`]: attention over a key-value cache;
+//! - [`routing`]: norms and the choice of experts;
 //! - [`stored`]: products with matrices kept in their checkpoint's float type.
 
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 pub mod experts;
+mod kv;
 pub mod linear;
 mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub mod routing;
 mod scalar;
 pub mod stored;
 mod tasks;
+mod team;
 pub mod tokens;
 mod view;
 
 use std::fmt;
 
+pub use kv::HeadCaches;
+pub use team::session;
 pub use view::{TernaryMatrices, TernaryRows};
 
 use crate::{
@@ -33,6 +39,7 @@ use crate::{
     ops::{ClampedSwiGlu, StoredFloat},
 };
 use linear::T2Rows;
+use math::Matrix;
 use tokens::{Pair, Token};
 
 /// An instruction set that has kernels.
@@ -156,6 +163,16 @@ impl Kernels {
     /// Its gradient in the place of `gradient`; returns that of the sink.
     fn sink_softmax_gradient(self, shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
         dispatch!(self, sink_softmax_gradient(shares, gradient, scale))
+    }
+
+    /// `out += a * b`: see [`math::add_product`].
+    fn add_product(self, a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
+        dispatch!(self, add_product(a, b, out, stride, inner));
+    }
+
+    /// The norm of one token: see [`math::rms_norm`].
+    fn rms_norm(self, x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
+        dispatch!(self, rms_norm(x, gamma, epsilon, out));
     }
 
     /// `out[row * tokens + token]`: stored rows times tokens that are zero-padded to whole [`stored::LANES`].

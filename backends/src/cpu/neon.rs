@@ -8,7 +8,7 @@ use std::arch::aarch64::*;
 
 use super::{
     linear::T2Rows,
-    math,
+    math::{self, Matrix},
     stored::{KERNEL_TOKENS, LANES},
     tokens::{Pair, Token},
 };
@@ -130,6 +130,16 @@ pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]
 #[target_feature(enable = "neon")]
 pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
     math::round_token(x, rotation);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
+    math::add_product(a, b, out, stride, inner);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
+    math::rms_norm(x, gamma, epsilon, out);
 }
 
 #[target_feature(enable = "neon")]

@@ -2,7 +2,7 @@
 
 use super::{
     linear::T2Rows,
-    math,
+    math::{self, Matrix},
     stored::LANES,
     tokens::{Pair, Token},
 };
@@ -53,6 +53,14 @@ pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]
 
 pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
     math::round_token(x, rotation);
+}
+
+pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
+    math::add_product(a, b, out, stride, inner);
+}
+
+pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
+    math::rms_norm(x, gamma, epsilon, out);
 }
 
 pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {

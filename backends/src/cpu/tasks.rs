@@ -1,6 +1,10 @@
 //! Splitting products over rows among threads.
 
+use std::sync::{Mutex, PoisonError};
+
 use rayon::prelude::*;
+
+use super::team;
 
 /// Multiply-adds below which a product stays on one thread: waking the others would take longer.
 const PARALLEL_WORK: usize = 1 << 20;
@@ -28,7 +32,7 @@ impl Piece<'_> {
 
 /// Whether so many multiply-adds are worth more than one thread.
 pub(super) fn is_parallel(work: usize) -> bool {
-    work >= PARALLEL_WORK && rayon::current_num_threads() > 1
+    work >= PARALLEL_WORK && team::threads() > 1
 }
 
 /// Cuts `out [tokens, rows]` by rows, into one piece if not `parallel`.
@@ -36,7 +40,7 @@ pub(super) fn pieces(out: &mut [f32], rows: usize, parallel: bool) -> Vec<Piece<
     if out.is_empty() || rows == 0 {
         return Vec::new();
     }
-    let count = if parallel { rayon::current_num_threads() * PIECES } else { 1 };
+    let count = if parallel { team::threads() * PIECES } else { 1 };
     let step = rows.div_ceil(count).max(MIN_ROWS).min(rows);
     let empty = |first| Piece { first, out: Vec::with_capacity(out.len() / rows) };
     let mut pieces: Vec<_> = (0..rows).step_by(step).map(empty).collect();
@@ -50,9 +54,18 @@ pub(super) fn pieces(out: &mut [f32], rows: usize, parallel: bool) -> Vec<Piece<
 
 /// Runs every piece of work, on several threads if `parallel`.
 pub(super) fn run<T: Send>(work: Vec<T>, parallel: bool, each: impl Fn(T) + Send + Sync) {
-    if parallel {
+    if !parallel {
+        return work.into_iter().for_each(each);
+    }
+    let queue = Mutex::new(work.into_iter());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let on_team = team::run(&|| {
+        while let Some(piece) = next() {
+            each(piece);
+        }
+    });
+    if !on_team {
+        let work: Vec<T> = queue.into_inner().unwrap_or_else(PoisonError::into_inner).collect();
         work.into_par_iter().with_max_len(1).for_each(each);
-    } else {
-        work.into_iter().for_each(each);
     }
 }

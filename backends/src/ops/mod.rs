@@ -3,6 +3,7 @@
 //! Call the free functions: they take and return Burn tensors of any float type, check shapes and hand `F32` to the
 //! backend. Shapes that do not fit panic, as they do in Burn's own operations; nothing in the *values* of a tensor does.
 
+mod cache;
 mod experts;
 mod stored;
 
@@ -10,6 +11,7 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
+pub use cache::{KvFormat, LayerCache};
 pub use experts::{ClampedSwiGlu, TernaryExperts};
 pub use stored::{StoredFloat, StoredMatrix};
 
@@ -61,6 +63,36 @@ pub trait TernaryBackend: Backend {
         reference::ternary_linear(x, weight, matrix)
     }
 
+    /// See [`ternary_linears`].
+    #[must_use]
+    fn ternary_linears(x: Tensor<Self, 2>, linears: &[BiasedWeight<Self>]) -> Vec<Tensor<Self, 2>> {
+        let product = |linear: &BiasedWeight<Self>| {
+            let y = Self::ternary_linear(x.clone(), &linear.weight, 0);
+            match &linear.bias {
+                Some(bias) => y + bias.clone().unsqueeze(),
+                None => y,
+            }
+        };
+        linears.iter().map(product).collect()
+    }
+
+    /// See [`rms_norm`].
+    #[must_use]
+    fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
+        reference::rms_norm(x, gamma, epsilon)
+    }
+
+    /// See [`route`].
+    #[must_use]
+    fn route(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Tensor<Self, 1>,
+        k: usize,
+    ) -> (Tensor<Self, 2, Int>, Tensor<Self, 2>) {
+        reference::route(x, weight, bias, k)
+    }
+
     /// See [`ternary_experts`].
     #[must_use]
     fn ternary_experts(
@@ -100,6 +132,24 @@ pub trait TernaryBackend: Backend {
         spec: AttentionSpec,
     ) -> Tensor<Self, 2> {
         reference::attention_by(q, k, v, sinks, spec, Self::sink_softmax)
+    }
+
+    /// See [`cached_attention`].
+    #[must_use]
+    fn cached_attention(
+        qkv: [Tensor<Self, 2>; 3],
+        rope: [Tensor<Self, 2>; 2],
+        sinks: Tensor<Self, 1>,
+        scale: f32,
+        cache: &mut LayerCache<Self>,
+    ) -> Tensor<Self, 2> {
+        reference::cached_attention(qkv, rope, sinks, scale, cache)
+    }
+
+    /// Runs a long piece of work whose operations follow each other closely. Backends that compute on this machine's
+    /// processor keep their threads awake meanwhile.
+    fn session<R>(work: impl FnOnce() -> R) -> R {
+        work()
     }
 
     /// The softmax of [`sink_attention`]: `scores [heads, queries, keys]`, not scaled yet, and `sinks [heads]` to shares
@@ -173,6 +223,65 @@ pub fn ternary_linear<B: TernaryBackend, const D: usize>(
     let y = B::ternary_linear(single(x.reshape([tokens, layout.in_features])), weight, matrix);
     shape[D - 1] = layout.rows;
     restore(y.reshape(shape), dtype)
+}
+
+/// A ternary matrix with its bias `[rows]`.
+#[derive(Debug, Clone)]
+pub struct BiasedWeight<B: Backend> {
+    /// The matrix: the first one of the weight.
+    pub weight: TernaryWeight<B>,
+    /// Added to the product.
+    pub bias: Option<Tensor<B, 1>>,
+}
+
+/// Ternary linear layers that share their input: `x [tokens, in_features]` times each matrix, plus its bias,
+/// `[tokens, rows]` each. As [`ternary_linear`] for each of them, but `x` is rounded once and the products share the threads.
+///
+/// # Panics
+/// If the last dimension of `x` is not `in_features` of each, or a bias does not have `rows` numbers.
+#[must_use]
+pub fn ternary_linears<B: TernaryBackend>(x: Tensor<B, 2>, linears: &[BiasedWeight<B>]) -> Vec<Tensor<B, 2>> {
+    for BiasedWeight { weight, bias } in linears {
+        let layout = weight.layout;
+        assert!(x.dims()[1] == layout.in_features, "x of shape {:?} times weights of {layout:?}", x.dims());
+        assert!(bias.as_ref().is_none_or(|bias| bias.dims() == [layout.rows]), "a bias for {layout:?}");
+    }
+    let dtype = x.dtype();
+    B::ternary_linears(single(x), linears).into_iter().map(|y| restore(y, dtype)).collect()
+}
+
+/// Root mean square norm of tokens `x [tokens, hidden]`: `x / sqrt(mean(x^2) + epsilon) * gamma` (Zhang and Sennrich,
+/// arXiv 1910.07467), in `F32`.
+///
+/// # Panics
+/// If `gamma` does not have `hidden` numbers.
+#[must_use]
+pub fn rms_norm<B: TernaryBackend>(x: Tensor<B, 2>, gamma: Tensor<B, 1>, epsilon: f64) -> Tensor<B, 2> {
+    assert_eq!(x.dims()[1..], gamma.dims(), "width of x and of the norm");
+    let dtype = x.dtype();
+    restore(B::rms_norm(single(x), single(gamma), epsilon), dtype)
+}
+
+/// Which experts tokens go to: `x [tokens, hidden]` times `weight [hidden, experts]` plus `bias [experts]`, and of each
+/// token's scores the `k` largest, best first: their numbers and the softmax over them, each `[tokens, k]`
+/// (`GptOssTopKRouter` of transformers).
+///
+/// # Panics
+/// If shapes do not fit each other.
+#[must_use]
+pub fn route<B: TernaryBackend>(
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    bias: Tensor<B, 1>,
+    k: usize,
+) -> (Tensor<B, 2, Int>, Tensor<B, 2>) {
+    let [hidden, experts] = weight.dims();
+    assert_eq!(x.dims()[1], hidden, "width of x and of the router");
+    assert_eq!(bias.dims(), [experts], "one bias an expert");
+    assert!(k <= experts, "{k} of {experts} experts");
+    let dtype = x.dtype();
+    let (chosen, weights) = B::route(single(x), single(weight), single(bias), k);
+    (chosen, restore(weights, dtype))
 }
 
 /// The routed feed-forward block: `x [tokens, hidden]` through the experts that each token chose, `[tokens, hidden]`.
@@ -273,6 +382,33 @@ pub fn sink_attention<B: TernaryBackend>(
     assert!(spec.window != Some(0), "a window includes the query's own position");
     let dtype = q.dtype();
     restore(B::sink_attention(single(q), single(k), single(v), single(sinks), spec), dtype)
+}
+
+/// [`sink_attention`] of new tokens over a cache that takes them in: `[tokens, q_heads * head_dim]`.
+///
+/// `qkv` are the new tokens' queries `[tokens, q_heads * head_dim]`, keys and values `[tokens, kv_heads * head_dim]`, one head
+/// after the other; `rope` the cosines and sines of their positions, `[tokens, head_dim / 2]`. Queries and keys are rotated:
+/// a pair is dimension `i` and `i + head_dim / 2` of a head. The window is the cache's. What a query gives does not
+/// depend on how many tokens came with it.
+///
+/// # Panics
+/// If shapes do not fit each other.
+#[must_use]
+pub fn cached_attention<B: TernaryBackend>(
+    qkv: [Tensor<B, 2>; 3],
+    rope: [Tensor<B, 2>; 2],
+    sinks: Tensor<B, 1>,
+    scale: f32,
+    cache: &mut LayerCache<B>,
+) -> Tensor<B, 2> {
+    let ([tokens, half], heads) = (rope[0].dims(), sinks.dims()[0]);
+    let ([q, k, v], size) = (qkv.each_ref().map(Tensor::dims), 2 * half);
+    assert_eq!(q, [tokens, heads * size], "queries of {heads} heads of {size}");
+    assert!(k == v && k[0] == tokens && k[1] > 0 && k[1].is_multiple_of(size), "keys {k:?} and values {v:?}");
+    assert!((heads * size).is_multiple_of(k[1]), "{heads} query heads on {} key heads", k[1] / size);
+    assert_eq!(rope[1].dims(), [tokens, half], "sines of the positions");
+    let dtype = qkv[0].dtype();
+    restore(B::cached_attention(qkv.map(single), rope.map(single), single(sinks), scale, cache), dtype)
 }
 
 /// The tensor in `F32`, for free if it already is.

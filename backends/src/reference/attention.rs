@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use burn::tensor::{Bool, Tensor, TensorData, backend::Backend};
 
-use crate::ops::{AttentionSpec, ScoreView};
+use crate::ops::{AttentionSpec, LayerCache, ScoreView, TernaryBackend};
 
 /// Scores that are held at a time: 64 MiB of `f32`.
 const MAX_SCORES: usize = 16 << 20;
@@ -58,6 +58,37 @@ pub(crate) fn attention_by<B: Backend>(
         mixed.reshape([heads, n, size]).swap_dims(0, 1).reshape([n, heads * size])
     });
     Tensor::cat(chunks.collect(), 0)
+}
+
+/// [`cached_attention`](crate::cached_attention) by [`sink_attention`](TernaryBackend::sink_attention) over tensors that grow.
+#[must_use]
+pub fn cached_attention<B: TernaryBackend>(
+    [q, k, v]: [Tensor<B, 2>; 3],
+    [cos, sin]: [Tensor<B, 2>; 2],
+    sinks: Tensor<B, 1>,
+    scale: f32,
+    cache: &mut LayerCache<B>,
+) -> Tensor<B, 2> {
+    let size = 2 * cos.dims()[1];
+    let heads = |x: Tensor<B, 2>| {
+        let [tokens, width] = x.dims();
+        x.reshape([tokens, width / size, size]).swap_dims(0, 1)
+    };
+    let (q, k) = (rotate_heads(heads(q), cos.clone(), sin.clone()), rotate_heads(heads(k), cos, sin));
+    let spec = AttentionSpec { scale, window: cache.window() };
+    let (keys, values) = cache.append(k, heads(v));
+    B::sink_attention(q, keys, values, sinks, spec)
+}
+
+/// Rotary position embedding: `x [heads, tokens, head_dim]`, `cos` and `sin` `[tokens, head_dim / 2]`; a pair is dimension
+/// `i` and `i + head_dim / 2`.
+#[must_use]
+pub fn rotate_heads<B: Backend>(x: Tensor<B, 3>, cos: Tensor<B, 2>, sin: Tensor<B, 2>) -> Tensor<B, 3> {
+    let half = cos.dims()[1];
+    let first = x.clone().slice_dim(2, 0..half);
+    let second = x.slice_dim(2, half..2 * half);
+    let (cos, sin) = (cos.unsqueeze::<3>(), sin.unsqueeze::<3>());
+    Tensor::cat(vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin], 2)
 }
 
 /// [`sink_softmax`](crate::TernaryBackend::sink_softmax) with Burn's operations.

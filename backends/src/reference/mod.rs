@@ -4,12 +4,14 @@
 mod attention;
 mod experts;
 mod linear;
+mod routing;
 mod rows;
 mod stored;
 
 pub(crate) use attention::attention_by;
-pub use attention::{sink_attention, sink_softmax, sink_softmax_gradient};
+pub use attention::{cached_attention, rotate_heads, sink_attention, sink_softmax, sink_softmax_gradient};
 pub use experts::{clamped_swiglu, ternary_experts};
 pub use linear::{fake_quantize, magnitude, rotate, rotate_back, round_activations, ternary_linear};
+pub use routing::{rms_norm, route};
 pub use rows::ternary_rows;
 pub use stored::{stored_linear, stored_linear_transposed, stored_rows};

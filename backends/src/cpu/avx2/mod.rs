@@ -7,7 +7,10 @@ mod ternary;
 pub(super) use stored::stored_dots;
 pub(super) use ternary::t2_totals;
 
-use super::{math, tokens::Pair};
+use super::{
+    math::{self, Matrix},
+    tokens::Pair,
+};
 use crate::{format::Rotation, ops::ClampedSwiGlu};
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -38,4 +41,14 @@ pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
     math::sink_softmax_gradient(shares, gradient, scale)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
+    math::add_product(a, b, out, stride, inner);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
+    math::rms_norm(x, gamma, epsilon, out);
 }
