@@ -2,11 +2,13 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod attention;
+mod cache;
 mod experts;
 mod format;
 mod gradients;
 mod linear;
 mod mapped;
+mod routing;
 mod rows;
 mod softmax;
 mod stored;
