@@ -55,6 +55,7 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
         inner.or_else(|| cause.downcast_ref::<CheckpointError>())
     });
     match checkpoint {
+        Some(CheckpointError::MemoryBudget { .. }) => Some("allow more, or leave --memory-budget away"),
         Some(CheckpointError::OutputExists { .. }) => Some("pass --overwrite to replace it"),
         Some(CheckpointError::OtherSettings { .. }) => {
             Some("finish it with its own settings, or pass --overwrite to start anew")

@@ -283,7 +283,7 @@ fn how_a_model_is_sharded_changes_nothing() {
         }
         let device = Default::default();
         let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
-        let options = LoadOptions { experts: ExpertPlacement::Streamed };
+        let options = LoadOptions { experts: ExpertPlacement::Streamed, ..LoadOptions::default() };
         let streamed = GptOss::<Cpu>::load(&checkpoint, options, &device).unwrap();
         assert_eq!(logits(&streamed, &ids), logits(&whole, &ids));
     }

@@ -58,7 +58,8 @@ fn run(folder: &Path, experts: ExpertPlacement) -> Result<Vec<f32>, String> {
         text
     };
     let checkpoint = Checkpoint::open(folder).map_err(|error| one_line(&error))?;
-    let model = GptOss::<Cpu>::load(&checkpoint, LoadOptions { experts }, &Default::default());
+    let model =
+        GptOss::<Cpu>::load(&checkpoint, LoadOptions { experts, ..LoadOptions::default() }, &Default::default());
     let model = model.map_err(|error| one_line(&error))?;
     let tokens = model.tokens(&[1, 2]).map_err(|error| one_line(&error))?;
     Ok(model.forward(tokens, &mut model.new_cache()).into_data().iter::<f32>().collect())

@@ -47,7 +47,7 @@ impl<B: TernaryBackend> Case<B> {
     fn placed(name: &str, experts: ExpertPlacement) -> Self {
         let device = B::Device::default();
         let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
-        let model = GptOss::load(&checkpoint, LoadOptions { experts }, &device).unwrap();
+        let model = GptOss::load(&checkpoint, LoadOptions { experts, ..LoadOptions::default() }, &device).unwrap();
         let golden = Golden::open(&fixture(name).join("golden.safetensors"));
         Self { golden, checkpoint, model, device }
     }

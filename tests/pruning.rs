@@ -104,7 +104,7 @@ fn the_kept_experts_are_written_with_their_router_and_biases() {
 fn importance(max_tokens: usize, context: usize) -> Vec<Vec<f64>> {
     let folder = example("tiny-gpt-oss");
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    let options = LoadOptions { experts: ExpertPlacement::Resident };
+    let options = LoadOptions { experts: ExpertPlacement::Resident, ..LoadOptions::default() };
     let model = GptOss::<Flex>::load(&checkpoint, options, &Default::default()).unwrap();
     let config = checkpoint.config();
     let text = fs::read_to_string(example("text/calibration.txt")).unwrap();

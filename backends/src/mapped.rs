@@ -85,6 +85,28 @@ impl MappedFile {
         self.map.get(range)
     }
 
+    /// Tells the system that a part of the file will be read soon, so that it starts now. Without effect outside the file.
+    pub fn fetch(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if !range.is_empty() && self.bytes(range.clone()).is_some() {
+            // Advice only: what cannot be followed changes nothing.
+            let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        }
+    }
+
+    /// Takes a part of the file out of this process's resident memory; reading it again brings it back. Without effect
+    /// outside the file, or where the system has no such call.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if !range.is_empty() && self.bytes(range.clone()).is_some() {
+            // SAFETY: the pages are a read-only mapping of a file and were never written to, so the next read finds the
+            // file's bytes again, as the first one did; that the file does not change is promised to `open`.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
+    }
+
     /// A part of the file as the data of a tensor, without copying it if its first byte is aligned to the element type
     /// (and copied otherwise). Pass it to `Tensor::from_data(data, (&device, dtype))` with the same `dtype`.
     ///

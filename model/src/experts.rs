@@ -10,6 +10,7 @@ use ternoss_quant::{Linear, PackedTernary, TernaryConfig, TernaryTensor};
 
 use crate::{
     checkpoint::{Checkpoint, ExpertMatrix},
+    pager::LayerPager,
     router::Routing,
 };
 
@@ -70,6 +71,9 @@ pub struct PackedExperts<B: Backend> {
     /// Gate and up to the input of the second matrix.
     #[module(skip)]
     pub activation: ClampedSwiGlu,
+    /// Where memory is limited: has the chosen ones read.
+    #[module(skip)]
+    pub(crate) pager: Option<LayerPager>,
 }
 
 impl<B: TernaryBackend> Experts<B> {
@@ -137,6 +141,7 @@ impl<B: Backend> PackedExperts<B> {
             down_proj,
             down_proj_bias: Param::from_tensor(down_proj_bias),
             activation,
+            pager: None,
         }
     }
 }
@@ -150,6 +155,10 @@ impl<B: TernaryBackend> PackedExperts<B> {
             down_bias: self.down_proj_bias.val(),
             activation: self.activation,
         };
+        if let Some(pager) = &self.pager {
+            let chosen: Vec<i64> = routing.indices.clone().into_data().iter::<i64>().collect();
+            pager.make_room(&chosen);
+        }
         ternary_experts(x, routing.indices, routing.weights, &experts)
     }
 }
@@ -218,6 +227,7 @@ impl<B: Backend> Experts<B> {
             down_proj: TernaryTensor::from_packed(PackedTernary::stack(down)?, &device)?,
             down_proj_bias: stack(down_bias),
             activation,
+            pager: None,
         }))
     }
 }

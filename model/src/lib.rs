@@ -31,6 +31,7 @@ pub mod gpt_oss;
 #[cfg(feature = "tokenizer")]
 pub mod harmony;
 pub mod layer;
+mod pager;
 pub mod perplexity;
 pub mod rope;
 pub mod router;

@@ -46,11 +46,17 @@ pub(crate) struct ModelArgs {
     /// Decode full-precision experts whenever they are chosen instead of holding them in memory
     #[arg(long)]
     stream_experts: bool,
+    /// Resident memory at most, such as 1.5GiB: ternary experts are read from disk when they are chosen
+    #[arg(long, value_name = "SIZE", value_parser = byte_size)]
+    memory_budget: Option<u64>,
+    /// Rewrite t5 weights as t2 in memory: faster, but they are no longer shared with the file
+    #[arg(long, conflicts_with = "memory_budget")]
+    unpack: bool,
 }
 
 impl ModelArgs {
     fn new(model: &str) -> Self {
-        Self { model: model.into(), stream_experts: false }
+        Self { model: model.into(), stream_experts: false, memory_budget: None, unpack: false }
     }
 
     /// The model's folder, downloaded when it is a hub id.
@@ -64,7 +70,8 @@ impl ModelArgs {
 
     fn load(&self, checkpoint: &Checkpoint) -> Result<GptOss<Cpu>> {
         let experts = if self.stream_experts { ExpertPlacement::Streamed } else { ExpertPlacement::Auto };
-        Ok(GptOss::load(checkpoint, LoadOptions { experts }, &Device::default())?)
+        let options = LoadOptions { experts, memory_budget: self.memory_budget, unpack: self.unpack };
+        Ok(GptOss::load(checkpoint, options, &Device::default())?)
     }
 }
 

@@ -162,7 +162,7 @@ struct Probe<'a, B: TernaryBackend> {
 impl<B: TernaryBackend> Probe<'_, B> {
     /// Takes the streams through the layer and tries every tensor with every number of planes.
     fn layer(&self, streams: &mut [Tensor<B, 2>], rope: &RotaryTables<B>) -> Result<LayerSensitivity, CalibError> {
-        let options = LoadOptions { experts: ExpertPlacement::Streamed };
+        let options = LoadOptions { experts: ExpertPlacement::Streamed, ..LoadOptions::default() };
         let layer = Layer::<B>::load(self.checkpoint, self.number, options, self.device)?;
         let mut errors = LayerSensitivity::default();
         let normed: Vec<_> = streams.iter().map(|x| layer.input_layernorm.forward(x.clone())).collect();

@@ -87,7 +87,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let rope = RotaryEmbedding::new(&config.rope, config.head_dim);
         let tables = rope.tables(0..calibration.context(), device);
         let windows = (0..config.num_hidden_layers()).map(|layer| config.window(layer)).collect::<Vec<_>>();
-        let options = LoadOptions { experts: ExpertPlacement::Streamed };
+        let options = LoadOptions { experts: ExpertPlacement::Streamed, ..LoadOptions::default() };
         let texts: Vec<_> = calibration.distilled().iter().chain(calibration.held_out()).map(Vec::as_slice).collect();
         let embedding = Table::<B>::embedding(teacher, device)?;
         let mut targets: Vec<_> = texts.iter().map(|text| embed(&embedding, text, device)).collect();

@@ -65,7 +65,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         device: &'a B::Device,
         progress: &'a (dyn Fn(usize) + Sync),
     ) -> Result<Self, CalibError> {
-        let options = LoadOptions { experts: ExpertPlacement::Streamed };
+        let options = LoadOptions { experts: ExpertPlacement::Streamed, ..LoadOptions::default() };
         let teacher = Layer::<B>::load(checkpoint, number, options, device)?;
         let student = teacher.clone();
         Ok(Self {

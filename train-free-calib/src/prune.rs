@@ -160,7 +160,12 @@ pub(crate) fn advance<B: TernaryBackend>(
     device: &B::Device,
 ) -> Result<Vec<KeptExpert>, CalibError> {
     let config = checkpoint.config();
-    let layer = Layer::<B>::load(checkpoint, number, LoadOptions { experts: ExpertPlacement::Streamed }, device)?;
+    let layer = Layer::<B>::load(
+        checkpoint,
+        number,
+        LoadOptions { experts: ExpertPlacement::Streamed, ..LoadOptions::default() },
+        device,
+    )?;
     let rope = RotaryEmbedding::new(&config.rope, config.head_dim).tables(0..activations.context(), device);
     activations.teacher.par_iter_mut().for_each(|x| {
         let mut cache = LayerCache::new(config.window(number));

@@ -311,7 +311,7 @@ mod tests {
     fn ternary(number: usize, config: &TernaryConfig) -> (Checkpoint, Layer<Flex>) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/tiny-gpt-oss");
         let checkpoint = Checkpoint::open(&folder).unwrap();
-        let options = LoadOptions { experts: ExpertPlacement::Resident };
+        let options = LoadOptions { experts: ExpertPlacement::Resident, ..LoadOptions::default() };
         let layer = Layer::load(&checkpoint, number, options, &Default::default()).unwrap();
         let layer = layer.to_ternary(config).unwrap();
         (checkpoint, layer)

@@ -4,6 +4,8 @@
 //! into the one form the kernels know (t2 codes, a scale a block), and passes them by [`TOKEN_TILE`] tokens at a time, whose
 //! activations stay in the first cache level. So a row is read from memory once, whatever the batch.
 
+use rayon::prelude::*;
+
 use super::{
     Kernels, TernaryRows,
     tasks::{self, Piece},
@@ -193,6 +195,16 @@ impl Scratch {
         };
         T2Rows { blocks, codes, scales: has_scales.then_some(&self.scales) }
     }
+}
+
+/// t5 rows of `in_features` weights as t2 rows.
+#[must_use]
+pub fn unpack(kernels: Kernels, t5: &[u32], in_features: usize) -> Vec<u32> {
+    let (from, to) = (CodeFormat::T5.words_per_row(in_features), CodeFormat::T2.words_per_row(in_features));
+    let mut t2 = vec![0; t5.len() / from.max(1) * to];
+    let rows = t5.par_chunks_exact(from.max(1)).zip(t2.par_chunks_exact_mut(to.max(1)));
+    rows.for_each(|(t5, t2)| kernels.t5_to_t2(t5, in_features, t2));
+    t2
 }
 
 /// Group scales of some rows to padded block scales, each group being `repeat` blocks.

@@ -31,6 +31,7 @@ mod view;
 use std::fmt;
 
 pub use kv::HeadCaches;
+pub use linear::unpack;
 pub use team::session;
 pub use view::{TernaryMatrices, TernaryRows};
 

@@ -1,6 +1,7 @@
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 
-use super::{FormatError, TernaryLayout};
+use super::{CodeFormat, FormatError, TernaryLayout};
+use crate::cpu::{self, Kernels};
 
 /// Packed ternary weights on a Burn backend: codes, scales and the layout that gives them a meaning.
 ///
@@ -89,6 +90,28 @@ impl<B: Backend> TernaryWeight<B> {
             None => scales,
         };
         (ungrouped.trits(matrix, plane), scales)
+    }
+
+    /// The same weight with [`CodeFormat::T2`] codes, rewritten in memory where they are [`CodeFormat::T5`].
+    #[must_use]
+    pub fn unpacked(self) -> Self {
+        if self.layout.format == CodeFormat::T2 {
+            return self;
+        }
+        let layout = TernaryLayout { format: CodeFormat::T2, ..self.layout };
+        let device = self.codes.device();
+        let codes = self.codes.into_data();
+        let converted;
+        let words = match codes.as_slice::<u32>() {
+            Ok(words) => words,
+            Err(_) => {
+                converted = codes.iter::<u32>().collect::<Vec<_>>();
+                &converted
+            }
+        };
+        let words = cpu::unpack(Kernels::detect(), words, layout.in_features);
+        let codes = Tensor::from_data(TensorData::new(words, layout.codes_shape()), (&device, DType::U32));
+        Self { codes, layout, ..self }
     }
 
     /// One row of one matrix as a weight of its own, both below the layout's bounds.

@@ -22,6 +22,22 @@ pub enum CheckpointError {
         /// The folder.
         folder: PathBuf,
     },
+    /// The memory allowed does not hold what every token needs.
+    #[error(
+        "{} cannot run in {budget} bytes of memory: {needed} are needed at once, and {paged} of its bytes are ternary experts \
+         that can come from disk",
+        folder.display()
+    )]
+    MemoryBudget {
+        /// The model.
+        folder: PathBuf,
+        /// Bytes allowed.
+        budget: u64,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes of ternary experts, which are read when they are chosen.
+        paged: u64,
+    },
     /// The configuration is not usable.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -1,5 +1,7 @@
 //! From a checkpoint to Burn modules.
 
+use std::sync::Arc;
+
 use burn::{
     module::Param,
     nn,
@@ -17,6 +19,7 @@ use crate::{
     attention::Attention,
     experts::{DenseExperts, Expert, Experts, PackedExperts, StreamedExperts},
     layer::{Layer, Mlp},
+    pager::Pager,
     rope::RotaryEmbedding,
     router::Router,
     table::{StoredTable, Table},
@@ -39,6 +42,12 @@ pub enum ExpertPlacement {
 pub struct LoadOptions {
     /// Where full-precision experts live.
     pub experts: ExpertPlacement,
+    /// Resident bytes of this process at most, mapped files included: experts of a ternary model are read when they are
+    /// chosen, and the coldest leave for them. Results do not change. Only where `/proc` says how much is resident.
+    pub memory_budget: Option<u64>,
+    /// Rewrite t5 codes as t2 in memory: twice as fast, and the ternary weights are then held in memory instead of
+    /// being used in the mapped files.
+    pub unpack: bool,
 }
 
 const AUTO_RESIDENT_BYTES: usize = 4 << 30;
@@ -52,7 +61,9 @@ impl<B: Backend> GptOss<B> {
     /// [`CheckpointError`], naming the file, the tensor, and what was expected.
     pub fn load(checkpoint: &Checkpoint, options: LoadOptions, device: &B::Device) -> Result<Self, CheckpointError> {
         let config = checkpoint.config();
-        let loader = Loader { checkpoint, device, experts_resident: experts_resident(checkpoint, options) };
+        let pager = options.memory_budget.map(|budget| Pager::new(checkpoint, budget)).transpose()?;
+        let experts_resident = experts_resident(checkpoint, options);
+        let loader = Loader { checkpoint, device, experts_resident, unpack: options.unpack, pager };
         let (norm, lm_head) = Self::load_output(checkpoint, device)?;
         let layers = 0..config.num_hidden_layers();
         Ok(Self {
@@ -73,7 +84,7 @@ impl<B: Backend> GptOss<B> {
         checkpoint: &Checkpoint,
         device: &B::Device,
     ) -> Result<(nn::RmsNorm<B>, Table<B>), CheckpointError> {
-        let norm = Loader { checkpoint, device, experts_resident: false }.norm(FINAL_NORM)?;
+        let norm = Loader::new(checkpoint, LoadOptions::default(), device).norm(FINAL_NORM)?;
         Ok((norm, Table::output(checkpoint, device)?))
     }
 }
@@ -121,8 +132,7 @@ impl<B: Backend> Layer<B> {
         options: LoadOptions,
         device: &B::Device,
     ) -> Result<Self, CheckpointError> {
-        let experts_resident = options.experts != ExpertPlacement::Streamed;
-        Loader { checkpoint, device, experts_resident }.layer(layer)
+        Loader::new(checkpoint, options, device).layer(layer)
     }
 }
 
@@ -144,9 +154,22 @@ struct Loader<'a, B: Backend> {
     checkpoint: &'a Checkpoint,
     device: &'a B::Device,
     experts_resident: bool,
+    unpack: bool,
+    pager: Option<Arc<Pager>>,
 }
 
-impl<B: Backend> Loader<'_, B> {
+impl<'a, B: Backend> Loader<'a, B> {
+    /// For parts of a model, whose full-precision experts are in memory unless they are to be streamed.
+    fn new(checkpoint: &'a Checkpoint, options: LoadOptions, device: &'a B::Device) -> Self {
+        let experts_resident = options.experts != ExpertPlacement::Streamed;
+        Self { checkpoint, device, experts_resident, unpack: options.unpack, pager: None }
+    }
+
+    fn ternary(&self, path: &TernaryPath, shape: [usize; 2]) -> Result<TernaryTensor<B>, CheckpointError> {
+        let weight = self.checkpoint.ternary_weight(path, shape, self.device)?;
+        Ok(TernaryTensor::new(if self.unpack { weight.unpacked() } else { weight }))
+    }
+
     fn layer(&self, layer: usize) -> Result<Layer<B>, CheckpointError> {
         let path = layer_path(layer);
         Ok(Layer {
@@ -197,7 +220,7 @@ impl<B: Backend> Loader<'_, B> {
             let packed = |matrix: ExpertMatrix| {
                 let shape = matrix.shape(self.checkpoint.config());
                 let path = TernaryPath::Experts(matrix.path(layer));
-                self.checkpoint.ternary_weight(&path, shape, self.device).map(TernaryTensor::new)
+                self.ternary(&path, shape)
             };
             return Ok(Experts::Ternary(PackedExperts {
                 gate_up_proj: packed(ExpertMatrix::GateUp)?,
@@ -205,6 +228,7 @@ impl<B: Backend> Loader<'_, B> {
                 down_proj: packed(ExpertMatrix::Down)?,
                 down_proj_bias: Param::from_tensor(down_bias),
                 activation,
+                pager: self.pager.as_ref().map(|pager| pager.layer(layer)),
             }));
         }
         if !self.experts_resident {
@@ -246,12 +270,12 @@ impl<B: Backend> Loader<'_, B> {
         if self.checkpoint.entry(&format!("{path}.{CODES}")).is_none() {
             return self.dense(path, shape, bias).map(Linear::Dense);
         }
-        let weight = self.checkpoint.ternary_weight(&TernaryPath::Linear(path.into()), shape, self.device)?;
+        let weight = self.ternary(&TernaryPath::Linear(path.into()), shape)?;
         let bias = match bias {
             true => Some(self.checkpoint.float_tensor(&format!("{path}.bias"), [shape[1]], self.device)?),
             false => None,
         };
-        Ok(Linear::Ternary(BitLinear::from_packed(TernaryTensor::new(weight), bias)))
+        Ok(Linear::Ternary(BitLinear::from_packed(weight, bias)))
     }
 
     fn dense(

@@ -62,6 +62,27 @@ pub struct TensorEntry {
     range: Range<usize>,
 }
 
+/// Some bytes of one of the files.
+#[derive(Clone, Debug)]
+pub(crate) struct Extent {
+    file: usize,
+    range: Range<usize>,
+}
+
+impl Extent {
+    /// Bytes in it.
+    pub(crate) fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// One of `count` equal parts.
+    pub(crate) fn part(&self, count: usize, index: usize) -> Self {
+        let size = self.range.len() / count.max(1);
+        let start = self.range.start + index * size;
+        Self { file: self.file, range: start..start + size }
+    }
+}
+
 impl TensorEntry {
     /// Bytes in the file.
     pub fn bytes(&self) -> usize {
@@ -143,6 +164,23 @@ impl Checkpoint {
     fn file(&self, entry: &TensorEntry) -> (&Path, &MappedFile) {
         let (path, map) = &self.inner.files[entry.file];
         (path, map)
+    }
+
+    /// Tells the system that a part of a file will be read soon.
+    pub(crate) fn fetch(&self, extent: &Extent) {
+        self.inner.files[extent.file].1.fetch(extent.range.clone());
+    }
+
+    /// Takes a part of a file out of resident memory until it is read again.
+    pub(crate) fn release(&self, extent: &Extent) {
+        self.inner.files[extent.file].1.release(extent.range.clone());
+    }
+
+    /// Where the tensors stand whose names one of the prefixes begins.
+    pub(crate) fn extents(&self, prefixes: &[String]) -> Vec<Extent> {
+        let named = |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix));
+        let of = |(_, entry): (&str, &TensorEntry)| Extent { file: entry.file, range: entry.range.clone() };
+        self.tensors().filter(|(name, _)| named(name)).map(of).collect()
     }
 
     /// The file a tensor stands in, for messages.
