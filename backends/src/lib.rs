@@ -34,4 +34,5 @@ pub use mapped::{MappedError, MappedFile};
 pub use ops::{
     AttentionSpec, ClampedSwiGlu, ScoreView, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts,
     round_activations, sink_attention, stored_linear, stored_rows, ternary_experts, ternary_linear, ternary_rows,
+    time_in_operations,
 };

@@ -4,6 +4,7 @@
 //! backend. Shapes that do not fit panic, as they do in Burn's own operations; nothing in the *values* of a tensor does.
 
 mod experts;
+mod stopwatch;
 mod stored;
 
 use std::ops::Range;
@@ -11,12 +12,14 @@ use std::ops::Range;
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
 pub use experts::{ClampedSwiGlu, TernaryExperts};
+pub use stopwatch::time_in_operations;
 pub use stored::{StoredFloat, StoredMatrix};
 
 use crate::{
     format::{Rotation, TernaryWeight},
     reference,
 };
+use stopwatch::timed;
 
 /// How queries see keys in [`sink_attention`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -137,7 +140,7 @@ pub trait TernaryBackend: Backend {
 #[must_use]
 pub fn round_activations<B: TernaryBackend>(x: Tensor<B, 2>, rotation: Option<Rotation>) -> Tensor<B, 2> {
     let dtype = x.dtype();
-    restore(B::round_activations(single(x), rotation), dtype)
+    restore(timed(|| B::round_activations(single(x), rotation)), dtype)
 }
 
 /// A ternary linear layer without bias: `x [.., in_features]` times matrix `matrix` of `weight`, `[.., rows]`.
@@ -170,7 +173,7 @@ pub fn ternary_linear<B: TernaryBackend, const D: usize>(
     assert!(matrix < layout.matrices, "matrix {matrix} of {layout:?}");
     let tokens = shape[..D - 1].iter().product::<usize>();
     let dtype = x.dtype();
-    let y = B::ternary_linear(single(x.reshape([tokens, layout.in_features])), weight, matrix);
+    let y = timed(|| B::ternary_linear(single(x.reshape([tokens, layout.in_features])), weight, matrix));
     shape[D - 1] = layout.rows;
     restore(y.reshape(shape), dtype)
 }
@@ -201,7 +204,7 @@ pub fn ternary_experts<B: TernaryBackend>(
     assert_eq!(chosen.dims(), weights.dims(), "chosen experts and their weights");
     assert_eq!(chosen.dims()[0], tokens, "tokens in x and in the chosen experts");
     let dtype = x.dtype();
-    restore(B::ternary_experts(single(x), chosen, single(weights), experts), dtype)
+    restore(timed(|| B::ternary_experts(single(x), chosen, single(weights), experts)), dtype)
 }
 
 /// A linear layer whose matrix is kept as it is stored (bf16, f16 or f32): `x [tokens, columns]`, `[tokens, rows]`.
@@ -216,13 +219,13 @@ pub fn ternary_experts<B: TernaryBackend>(
 pub fn stored_linear<B: TernaryBackend>(x: Tensor<B, 2>, matrix: &StoredMatrix<B>) -> Tensor<B, 2> {
     assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
     let dtype = x.dtype();
-    restore(B::stored_linear(single(x), matrix), dtype)
+    restore(timed(|| B::stored_linear(single(x), matrix)), dtype)
 }
 
 /// Rows of a stored matrix (an embedding): `ids [n]`, `[n, columns]` in `F32`. An id that is no row gives a row of NaN.
 #[must_use]
 pub fn stored_rows<B: TernaryBackend>(matrix: &StoredMatrix<B>, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
-    B::stored_rows(matrix, ids)
+    timed(|| B::stored_rows(matrix, ids))
 }
 
 /// Rows of a ternary matrix (a compact embedding): `ids [n]`, `[n, in_features]` in `F32`,
@@ -243,7 +246,7 @@ pub fn ternary_rows<B: TernaryBackend>(
     ids: Tensor<B, 1, Int>,
 ) -> Tensor<B, 2> {
     assert!(matrix < weight.layout.matrices, "matrix {matrix} of {:?}", weight.layout);
-    B::ternary_rows(weight, matrix, ids)
+    timed(|| B::ternary_rows(weight, matrix, ids))
 }
 
 /// Grouped-query attention with sinks, causal, with an optional sliding window: `[T, q_heads * d]`.
@@ -272,7 +275,7 @@ pub fn sink_attention<B: TernaryBackend>(
     assert!(keys >= queries, "{queries} queries at the end of {keys} keys");
     assert!(spec.window != Some(0), "a window includes the query's own position");
     let dtype = q.dtype();
-    restore(B::sink_attention(single(q), single(k), single(v), single(sinks), spec), dtype)
+    restore(timed(|| B::sink_attention(single(q), single(k), single(v), single(sinks), spec)), dtype)
 }
 
 /// The tensor in `F32`, for free if it already is.
