@@ -78,6 +78,7 @@ fn every_measurement_is_there_once_and_its_figures_fit_each_other() {
         );
     }
     for row in ["decode", "prefill"].iter().flat_map(|list| found[list].as_array().unwrap()) {
+        assert_eq!(row["runs"], json!([row["tokens_per_second"]]), "the median of one run");
         assert!((0.0..=1.0).contains(&number(&row["outside_kernels"])), "{row}");
     }
     assert!(found["bandwidth"].as_array().unwrap().iter().all(|row| number(&row["gigabytes_per_second"]) > 0.0));
@@ -97,6 +98,7 @@ fn choices_of_experts_are_counted() {
     assert!(visits.len() == 2 && visits.iter().all(|counts| counts.len() == 8 && counts.iter().sum::<usize>() == 80));
     let touched = visits.iter().map(|counts| counts.iter().filter(|count| **count > 0).count()).min();
     assert_eq!((&found["experts"], &found["experts_touched"]), (&json!(8), &json!(touched)));
+    assert_eq!(touched, Some(8), "a random model leaves no expert out");
     let one = bench_json(&model, &["--prefill", "1", "--decode", "1", "--context", "0", "--runs", "1"]);
     assert_eq!(one["experts_touched"], 2);
     let again = bench_json(&model, &SHORT);

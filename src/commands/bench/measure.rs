@@ -103,7 +103,7 @@ impl Bench<'_> {
             let samples = self.sample(self.plan.decode, || cache.clone(), |cache| self.decode_once(next, cache))?;
             let bytes: usize = (0..next.len()).map(|more| self.model.decode_traffic(context + more).total()).sum();
             let bytes_per_token = bytes as f64 / next.len() as f64;
-            results.extend(self.plan.pools.iter().zip(samples).map(|(pool, sample)| {
+            results.extend(self.plan.pools.iter().zip(samples).map(|(pool, (sample, runs))| {
                 let tokens_per_second = next.len() as f64 / sample.seconds;
                 Decode {
                     context: *context,
@@ -112,6 +112,7 @@ impl Bench<'_> {
                     bytes_per_token,
                     gigabytes_per_second: tokens_per_second * bytes_per_token / 1e9,
                     outside_kernels: sample.outside,
+                    runs,
                 }
             }));
         }
@@ -125,25 +126,26 @@ impl Bench<'_> {
             let prompt = &self.plan.ids[..*tokens];
             let read = |mut cache| Ok(self.model.prefill(prompt, &mut cache).map(drop)?);
             let samples = self.sample(*tokens, || self.model.new_cache(), read)?;
-            results.extend(self.plan.pools.iter().zip(samples).map(|(pool, sample)| Prefill {
+            results.extend(self.plan.pools.iter().zip(samples).map(|(pool, (sample, runs))| Prefill {
                 tokens: *tokens,
                 threads: pool.current_num_threads(),
                 tokens_per_second: *tokens as f64 / sample.seconds,
                 bytes_per_token: bytes_a_token(self.model, *tokens),
                 outside_kernels: sample.outside,
+                runs,
             }));
         }
         Ok(results)
     }
 
-    /// The median of some work on `tokens` tokens, each time with a cache of its own, for each pool. Pools take turns, so
-    /// that a noisy minute hits all of them.
+    /// Some work on `tokens` tokens for each pool, each time with a cache of its own: the median, and the speed of every
+    /// run. Pools take turns, so that a noisy minute hits all of them.
     fn sample(
         &self,
         tokens: usize,
         cache: impl Fn() -> KvCache<Cpu>,
         work: impl Fn(KvCache<Cpu>) -> Result<()> + Sync,
-    ) -> Result<Vec<Sample>> {
+    ) -> Result<Vec<(Sample, Vec<f64>)>> {
         let mut samples = vec![Vec::new(); self.plan.pools.len()];
         for _ in 0..self.plan.runs {
             for (pool, samples) in self.plan.pools.iter().zip(&mut samples) {
@@ -154,7 +156,11 @@ impl Bench<'_> {
                 self.progress.advance(tokens as u64);
             }
         }
-        Ok(samples.into_iter().map(|samples| median(samples, |sample| sample.seconds)).collect())
+        let summary = |samples: Vec<Sample>| {
+            let runs = samples.iter().map(|sample| tokens as f64 / sample.seconds).collect();
+            (median(samples, |sample| sample.seconds), runs)
+        };
+        Ok(samples.into_iter().map(summary).collect())
     }
 
     /// Brings the cache to `context` tokens.

@@ -82,7 +82,7 @@ fn colour(results: &Results, threads: usize) -> &'static str {
 
 /// Tokens per second over the number of tokens that share one reading of the weights, both logarithmic.
 fn roofline(canvas: &mut Canvas, results: &Results) {
-    let about = "Lines: what the bandwidth allows. Dots: reached. Far below its line, a dot is limited by arithmetic.";
+    let about = "Lines: what the bandwidth allows. Dots: reached. Where they are far below, arithmetic is the limit.";
     canvas.heading("The more tokens share one reading of the weights, the more are possible", about);
     canvas.bottom += 26.0;
     for (i, bandwidth) in results.bandwidth.iter().enumerate() {
@@ -126,7 +126,8 @@ fn roofline(canvas: &mut Canvas, results: &Results) {
         canvas.path(&format!("M{:.1} {:.1}h0.01", across(*tokens), height(*speed)), colour(results, *threads), 9.0);
     }
     canvas.bottom = bottom + 20.0;
-    for tokens in (0..).step_by(2).map(|power| 1usize << power).take_while(|tokens| *tokens as f64 <= longest) {
+    let step = if longest <= 512.0 { 1 } else { 2 };
+    for tokens in (0..).step_by(step).map(|power| 1usize << power).take_while(|tokens| *tokens as f64 <= longest) {
         canvas.text(across(tokens), canvas.bottom, Font::SMALL.centred(), &tokens.to_string());
     }
     canvas.axis("tokens at once: 1 is decoding, more are a prompt. Upwards: tokens per second");

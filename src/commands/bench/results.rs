@@ -27,7 +27,7 @@ pub(super) struct Results {
 }
 
 /// Decoding after a context.
-#[derive(Clone, Copy, Serialize)]
+#[derive(Serialize)]
 pub(super) struct Decode {
     pub(super) context: usize,
     pub(super) threads: usize,
@@ -37,10 +37,12 @@ pub(super) struct Decode {
     pub(super) gigabytes_per_second: f64,
     /// Share of the time.
     pub(super) outside_kernels: f64,
+    /// Tokens per second of each run.
+    pub(super) runs: Vec<f64>,
 }
 
 /// Reading a prompt.
-#[derive(Clone, Copy, Serialize)]
+#[derive(Serialize)]
 pub(super) struct Prefill {
     pub(super) tokens: usize,
     pub(super) threads: usize,
@@ -48,10 +50,12 @@ pub(super) struct Prefill {
     pub(super) bytes_per_token: f64,
     /// Share of the time.
     pub(super) outside_kernels: f64,
+    /// Tokens per second of each run.
+    pub(super) runs: Vec<f64>,
 }
 
 /// What some threads together read from memory.
-#[derive(Clone, Copy, Serialize)]
+#[derive(Serialize)]
 pub(super) struct Bandwidth {
     pub(super) threads: usize,
     pub(super) gigabytes_per_second: f64,
@@ -62,6 +66,18 @@ impl Results {
     pub(super) fn bandwidth(&self, threads: usize) -> f64 {
         let found = self.bandwidth.iter().find(|bandwidth| bandwidth.threads == threads);
         found.map_or(f64::NAN, |bandwidth| 1e9 * bandwidth.gigabytes_per_second)
+    }
+
+    /// By how much the runs of one measurement differ at most: the fastest over the slowest.
+    fn noise(&self) -> f64 {
+        let runs =
+            self.decode.iter().map(|decode| &decode.runs).chain(self.prefill.iter().map(|prefill| &prefill.runs));
+        let ratios = runs.map(|runs| {
+            let (least, most) =
+                runs.iter().fold((f64::INFINITY, 0.0), |(least, most), run| (run.min(least), run.max(most)));
+            most / least
+        });
+        ratios.fold(1.0, f64::max)
     }
 
     /// Experts of each layer.
@@ -105,6 +121,8 @@ impl Results {
         for Bandwidth { threads, gigabytes_per_second } in &self.bandwidth {
             print_line!("memory is read at {gigabytes_per_second:.1} GB/s by {}", counted(*threads, "thread"))?;
         }
+        let differ = 100.0 * (self.noise() - 1.0);
+        print_line!("runs of one measurement differ by up to {differ:.0} %: the less, the quieter the machine")?;
         print_line!("loaded in {:.2} s, first token after {:.2} s", self.load_seconds, self.first_token_seconds)?;
         match self.memory {
             Some(Memory { peak_resident_bytes: peak, mapped_bytes: mapped, anonymous_bytes: anonymous }) => {
@@ -165,7 +183,7 @@ impl Results {
             "outside kernels"
         )?;
         for prefill in &self.prefill {
-            let Prefill { tokens, threads, tokens_per_second, bytes_per_token, outside_kernels } = prefill;
+            let Prefill { tokens, threads, tokens_per_second, bytes_per_token, outside_kernels, .. } = prefill;
             let (speed, size) = (figure(*tokens_per_second), figure(bytes_per_token / 1e6));
             print_line!("{tokens:>15} {threads:>8} {speed:>10} {size:>10} {:>37.1} %", 100.0 * outside_kernels)?;
         }
