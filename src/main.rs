@@ -12,7 +12,7 @@ mod progress;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use commands::{ablation, demo, download, generate, inspect, logits, perplexity, quantize, synthesize};
+use commands::{ablation, bench, demo, download, generate, inspect, logits, perplexity, quantize, synthesize};
 
 /// gpt-oss made ternary after training, and run on an ordinary CPU.
 #[derive(Parser)]
@@ -32,6 +32,7 @@ enum Command {
     Generate(generate::GenerateArgs),
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
+    Bench(bench::BenchArgs),
     Ablation(ablation::AblationArgs),
 }
 
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Logits(args) => logits::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Ablation(args) => ablation::run(args),
     };
     match result {

@@ -34,5 +34,5 @@ pub use mapped::{MappedError, MappedFile};
 pub use ops::{
     AttentionSpec, BiasedWeight, ClampedSwiGlu, KvFormat, LayerCache, ScoreView, StoredFloat, StoredMatrix,
     TernaryBackend, TernaryExperts, cached_attention, rms_norm, round_activations, route, sink_attention,
-    stored_linear, stored_rows, ternary_experts, ternary_linear, ternary_linears, ternary_rows,
+    stored_linear, stored_rows, ternary_experts, ternary_linear, ternary_linears, ternary_rows, time_in_operations,
 };

@@ -2,7 +2,7 @@
 //!
 //! In the order data flows: [`config`] (what `config.json` says), [`rope`], [`attention`], [`router`], [`experts`],
 //! [`layer`], [`gpt_oss`]; then what surrounds the model: [`checkpoint`] (files), `tokenizer`, `harmony`
-//! (conversations), [`sampling`], [`generate`] and [`perplexity`].
+//! (conversations), [`sampling`], [`generate`], [`perplexity`] and [`traffic`] (bytes a token reads).
 //!
 //! ```no_run
 //! use ternoss_model::{Checkpoint, GptOss, LoadOptions, StopRules, sampling::{Sampler, SamplingConfig}};
@@ -39,6 +39,7 @@ pub mod sampling;
 pub mod table;
 #[cfg(feature = "tokenizer")]
 pub mod tokenizer;
+pub mod traffic;
 
 pub use cache::KvCache;
 pub use checkpoint::{Checkpoint, CheckpointError, ExpertPlacement, LoadOptions};
@@ -46,3 +47,4 @@ pub use config::{ConfigError, GptOssConfig};
 pub use generate::{GenerateError, StopRules};
 pub use gpt_oss::{GptOss, TokenOutOfRange};
 pub use perplexity::{Agreement, Perplexity, PerplexityError};
+pub use traffic::Traffic;

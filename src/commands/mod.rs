@@ -8,6 +8,7 @@ macro_rules! print_line {
 }
 
 pub(crate) mod ablation;
+pub(crate) mod bench;
 mod calibration;
 mod chat;
 pub(crate) mod demo;

@@ -202,11 +202,13 @@ impl Random<'_> {
         ];
         for linear in LinearName::ALL {
             let [_, outputs] = linear.shape(config);
-            tensors.push(self.floats(&format!("{}.bias", linear.path(layer)), &[outputs], 0.0, 0.1));
+            let deviation = 0.1 * linear_gain(linear);
+            tensors.push(self.floats(&format!("{}.bias", linear.path(layer)), &[outputs], 0.0, deviation));
         }
         for matrix in ExpertMatrix::ALL {
             let [_, outputs] = matrix.shape(config);
-            tensors.push(self.floats(&format!("{}_bias", matrix.path(layer)), &[experts, outputs], 0.0, 0.1));
+            let deviation = 0.1 * expert_gain(matrix);
+            tensors.push(self.floats(&format!("{}_bias", matrix.path(layer)), &[experts, outputs], 0.0, deviation));
         }
         tensors
     }
@@ -214,7 +216,8 @@ impl Random<'_> {
     fn attention<'t>(&self, layer: usize) -> impl Iterator<Item = Named<'t>> {
         LinearName::ALL.into_iter().map(move |linear| {
             let [inputs, outputs] = linear.shape(self.config);
-            self.floats(&format!("{}.weight", linear.path(layer)), &[outputs, inputs], 0.0, spread(inputs))
+            let deviation = spread(inputs) * linear_gain(linear);
+            self.floats(&format!("{}.weight", linear.path(layer)), &[outputs, inputs], 0.0, deviation)
         })
     }
 
@@ -222,7 +225,7 @@ impl Random<'_> {
         ExpertMatrix::ALL.into_iter().map(move |matrix| {
             let [inputs, outputs] = matrix.shape(self.config);
             let shape = [self.config.num_local_experts, inputs, outputs];
-            self.floats(&matrix.path(layer), &shape, 0.0, spread(inputs))
+            self.floats(&matrix.path(layer), &shape, 0.0, spread(inputs) * expert_gain(matrix))
         })
     }
 
@@ -232,10 +235,14 @@ impl Random<'_> {
             let scales = [self.config.num_local_experts, outputs, inputs / mxfp4::BLOCK];
             let blocks = [&scales[..], &[mxfp4::BLOCK_BYTES]].concat();
             let path = matrix.path(layer);
+            // Around 2^-7, which brings the codes to the spread of trained weights, times the matrix's gain.
+            let scale = match matrix {
+                ExpertMatrix::GateUp => |byte| 118 + byte % 4,
+                ExpertMatrix::Down => |byte| 115 + byte % 4,
+            };
             [
                 self.bytes(&format!("{path}_blocks"), &blocks, |byte| byte),
-                // Around 2^-7, which brings the codes to the spread of trained weights.
-                self.bytes(&format!("{path}_scales"), &scales, |byte| 118 + byte % 4),
+                self.bytes(&format!("{path}_scales"), &scales, scale),
             ]
         })
     }
@@ -245,11 +252,14 @@ impl Random<'_> {
         let mut all = Vec::new();
         for linear in LinearName::ALL {
             let path = TernaryPath::Linear(linear.path(layer));
-            all.push((path, self.ternary(&linear.path(layer), 1, linear.shape(self.config), format)?));
+            let deviation = spread(linear.shape(self.config)[0]) * linear_gain(linear);
+            all.push((path, self.ternary(&linear.path(layer), 1, linear.shape(self.config), format, deviation)?));
         }
         for matrix in ExpertMatrix::ALL {
             let experts = self.config.num_local_experts;
-            let packed = self.ternary(&matrix.path(layer), experts, matrix.shape(self.config), format)?;
+            let shape = matrix.shape(self.config);
+            let deviation = spread(shape[0]) * expert_gain(matrix);
+            let packed = self.ternary(&matrix.path(layer), experts, shape, format, deviation)?;
             all.push((TernaryPath::Experts(matrix.path(layer)), packed));
         }
         Ok(all)
@@ -261,6 +271,7 @@ impl Random<'_> {
         matrices: usize,
         [in_features, rows]: [usize; 2],
         format: CodeFormat,
+        deviation: f32,
     ) -> Result<PackedTernary> {
         let layout = TernaryLayout {
             format,
@@ -283,7 +294,7 @@ impl Random<'_> {
             },
         );
         // The group scales average 192, so that a weight has the spread of a trained one.
-        let row_scales = vec![spread(in_features) / 157.0; matrices * rows];
+        let row_scales = vec![deviation / 157.0; matrices * rows];
         let mut group_scales = vec![0u8; matrices * rows * layout.groups()];
         fill(self.seed, &format!("{name} scales"), &mut group_scales, |byte| 128 | byte);
         Ok(PackedTernary { layout, codes, row_scales, group_scales })
@@ -323,6 +334,18 @@ impl Random<'_> {
 /// Standard deviation that keeps the magnitude of activations: `1 / sqrt(inputs)`.
 fn spread(inputs: usize) -> f32 {
     (inputs as f32).sqrt().recip()
+}
+
+/// What a layer adds to the residual stream is kept this small beside it. Otherwise what all tokens get in common would
+/// outweigh what tells them apart, layer by layer, until they all went to the same experts.
+const RESIDUAL_GAIN: f32 = 0.125;
+
+fn linear_gain(linear: LinearName) -> f32 {
+    if linear == LinearName::O { RESIDUAL_GAIN } else { 1.0 }
+}
+
+fn expert_gain(matrix: ExpertMatrix) -> f32 {
+    if matrix == ExpertMatrix::Down { RESIDUAL_GAIN } else { 1.0 }
 }
 
 /// Random bytes, each passed through `map`.

@@ -1,22 +1,22 @@
-//! SVG written by hand: texts, rectangles, paths, and the pieces a report is drawn with.
+//! SVG written by hand: texts, rectangles, paths, and the pieces that pictures of results are drawn with.
 
 use std::fmt::Write;
 
 /// Width of the picture, in pixels.
-pub(crate) const WIDTH: f64 = 900.0;
+pub const WIDTH: f64 = 900.0;
 /// Free space at its edges.
-pub(crate) const MARGIN: f64 = 36.0;
+pub const MARGIN: f64 = 36.0;
 /// Left edge of plots, beside the labels of their rows.
-pub(crate) const PLOT_LEFT: f64 = MARGIN + 52.0;
+pub const PLOT_LEFT: f64 = MARGIN + 52.0;
 
 const INK: &str = "#1f2328";
 const MUTED: &str = "#59636e";
 /// Colour of thin lines.
-pub(crate) const LINE: &str = "#d1d9e0";
+pub const LINE: &str = "#d1d9e0";
 
 /// How a text is set.
 #[derive(Clone, Copy)]
-pub(crate) struct Font {
+pub struct Font {
     size: f64,
     bold: bool,
     colour: &'static str,
@@ -25,39 +25,56 @@ pub(crate) struct Font {
 }
 
 impl Font {
-    pub(crate) const BODY: Self = Self { size: 14.0, bold: false, colour: INK, anchor: "start" };
-    pub(crate) const TITLE: Self = Self { size: 24.0, bold: true, ..Self::BODY };
-    pub(crate) const HEADING: Self = Self { size: 17.0, bold: true, ..Self::BODY };
-    pub(crate) const NUMBER: Self = Self { size: 25.0, bold: true, ..Self::BODY };
-    pub(crate) const LABEL: Self = Self { size: 13.0, ..Self::BODY };
-    pub(crate) const NOTE: Self = Self { size: 13.0, colour: MUTED, ..Self::BODY };
-    pub(crate) const SMALL: Self = Self { size: 12.0, colour: MUTED, ..Self::BODY };
+    /// Plain text.
+    pub const BODY: Self = Self { size: 14.0, bold: false, colour: INK, anchor: "start" };
+    /// The picture's title.
+    pub const TITLE: Self = Self { size: 24.0, bold: true, ..Self::BODY };
+    /// Title of a section.
+    pub const HEADING: Self = Self { size: 17.0, bold: true, ..Self::BODY };
+    /// A figure that stands out.
+    pub const NUMBER: Self = Self { size: 25.0, bold: true, ..Self::BODY };
+    /// What is beside a mark.
+    pub const LABEL: Self = Self { size: 13.0, ..Self::BODY };
+    /// An explanation.
+    pub const NOTE: Self = Self { size: 13.0, colour: MUTED, ..Self::BODY };
+    /// Labels of axes.
+    pub const SMALL: Self = Self { size: 12.0, colour: MUTED, ..Self::BODY };
 
     /// Ends where it is put.
-    pub(crate) fn to_the_left(self) -> Self {
+    #[must_use]
+    pub fn to_the_left(self) -> Self {
         Self { anchor: "end", ..self }
     }
 
     /// Has its middle where it is put.
-    pub(crate) fn centred(self) -> Self {
+    #[must_use]
+    pub fn centred(self) -> Self {
         Self { anchor: "middle", ..self }
     }
 }
 
 /// A drawing that grows downward.
-pub(crate) struct Canvas {
+pub struct Canvas {
     body: String,
     /// Where the next thing may start.
-    pub(crate) bottom: f64,
+    pub bottom: f64,
+}
+
+impl Default for Canvas {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Canvas {
-    pub(crate) fn new() -> Self {
+    /// An empty one.
+    #[must_use]
+    pub fn new() -> Self {
         Self { body: String::new(), bottom: MARGIN }
     }
 
     /// A text on the line `y`, which it never leaves.
-    pub(crate) fn text(&mut self, x: f64, y: f64, font: Font, text: &str) {
+    pub fn text(&mut self, x: f64, y: f64, font: Font, text: &str) {
         let Font { size, bold, colour, anchor } = font;
         let weight = if bold { 600 } else { 400 };
         let text = escape(text);
@@ -68,7 +85,7 @@ impl Canvas {
     }
 
     /// A rectangle: left, top, width, height.
-    pub(crate) fn rect(&mut self, [x, y, width, height]: [f64; 4], colour: &str) {
+    pub fn rect(&mut self, [x, y, width, height]: [f64; 4], colour: &str) {
         let _ = writeln!(
             self.body,
             r#"<rect x="{x:.2}" y="{y:.1}" width="{width:.2}" height="{height:.1}" fill="{colour}"/>"#
@@ -76,14 +93,14 @@ impl Canvas {
     }
 
     /// What a path of rectangles covers.
-    pub(crate) fn area(&mut self, path: &str, colour: &str) {
+    pub fn area(&mut self, path: &str, colour: &str) {
         if !path.is_empty() {
             let _ = writeln!(self.body, r#"<path d="{path}" fill="{colour}"/>"#);
         }
     }
 
     /// The line along a path.
-    pub(crate) fn path(&mut self, path: &str, colour: &str, width: f64) {
+    pub fn path(&mut self, path: &str, colour: &str, width: f64) {
         let _ = writeln!(
             self.body,
             r#"<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width:.1}" stroke-linecap="round" stroke-linejoin="round"/>"#
@@ -91,13 +108,13 @@ impl Canvas {
     }
 
     /// A colour and what it stands for, on the line `y`.
-    pub(crate) fn swatch(&mut self, x: f64, y: f64, colour: &str, name: &str) {
+    pub fn swatch(&mut self, x: f64, y: f64, colour: &str, name: &str) {
         self.rect([x, y - 11.0, 12.0, 12.0], colour);
         self.text(x + 18.0, y, Font::LABEL, name);
     }
 
     /// Starts a section.
-    pub(crate) fn heading(&mut self, name: &str, about: &str) {
+    pub fn heading(&mut self, name: &str, about: &str) {
         self.bottom += 30.0;
         self.path(&format!("M{MARGIN} {:.1}H{:.1}", self.bottom, WIDTH - MARGIN), LINE, 1.0);
         self.bottom += 30.0;
@@ -107,7 +124,7 @@ impl Canvas {
     }
 
     /// Four figures beside each other.
-    pub(crate) fn tiles(&mut self, tiles: [(String, &str); 4]) {
+    pub fn tiles(&mut self, tiles: [(String, &str); 4]) {
         for (i, (number, name)) in tiles.iter().enumerate() {
             let x = MARGIN + i as f64 * (WIDTH - 2.0 * MARGIN) / 4.0;
             self.text(x, self.bottom + 40.0, Font::NUMBER, number);
@@ -117,7 +134,7 @@ impl Canvas {
     }
 
     /// The numbers of columns that are `column` wide; as many are left out as have no room.
-    pub(crate) fn numbers(&mut self, count: usize, column: f64, at: impl Fn(usize) -> f64) {
+    pub fn numbers(&mut self, count: usize, column: f64, at: impl Fn(usize) -> f64) {
         let every = (28.0 / column).ceil().max(1.0) as usize;
         for number in (0..count).step_by(every) {
             self.text(at(number), self.bottom, Font::SMALL.centred(), &number.to_string());
@@ -125,18 +142,19 @@ impl Canvas {
     }
 
     /// The name of what [`numbers`](Self::numbers) count.
-    pub(crate) fn axis(&mut self, name: &str) {
+    pub fn axis(&mut self, name: &str) {
         self.bottom += 18.0;
         self.text(PLOT_LEFT, self.bottom, Font::SMALL, name);
     }
 
-    /// The whole picture.
-    pub(crate) fn finish(self, title: &str) -> String {
+    /// The whole picture, and its title for those who cannot see it.
+    #[must_use]
+    pub fn finish(self, title: &str) -> String {
         let height = self.bottom + MARGIN;
         let (title, body) = (escape(title), self.body);
         format!(
             r##"<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0}" viewBox="0 0 {WIDTH} {height:.0}" font-family="system-ui, 'Segoe UI', Helvetica, Arial, sans-serif" role="img">
-<title>Calibration report: {title}</title>
+<title>{title}</title>
 <rect x="0.5" y="0.5" width="{:.1}" height="{:.1}" rx="8" fill="#ffffff" stroke="{LINE}"/>
 {body}</svg>
 "##,

@@ -24,13 +24,13 @@
 //! | `pipeline` | all of them |
 //! | `folder` | what stands beside the weights |
 //! | `finite` | the check after each layer |
-//! | `report`, `summary`, `picture` | what was done: as JSON, as text, as an SVG |
+//! | `report`, `summary`, `picture` | what was done: as JSON, as text, as an SVG ([`canvas`]) |
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 mod activations;
 mod budget;
 mod calibration;
-mod canvas;
+pub mod canvas;
 mod compensate;
 mod distill;
 mod error;

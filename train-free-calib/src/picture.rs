@@ -43,7 +43,7 @@ pub(crate) fn picture(report: &Report) -> String {
     if let Some(loads) = &report.expert_loads {
         experts(&mut canvas, report, loads);
     }
-    canvas.finish(&report.recipe())
+    canvas.finish(&format!("Calibration report: {}", report.recipe()))
 }
 
 fn headline(canvas: &mut Canvas, report: &Report) {

@@ -5,6 +5,7 @@
 
 mod cache;
 mod experts;
+mod stopwatch;
 mod stored;
 
 use std::ops::Range;
@@ -13,12 +14,14 @@ use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
 pub use cache::{KvFormat, LayerCache};
 pub use experts::{ClampedSwiGlu, TernaryExperts};
+pub use stopwatch::time_in_operations;
 pub use stored::{StoredFloat, StoredMatrix};
 
 use crate::{
     format::{Rotation, TernaryWeight},
     reference,
 };
+use stopwatch::timed;
 
 /// How queries see keys in [`sink_attention`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -187,7 +190,7 @@ pub trait TernaryBackend: Backend {
 #[must_use]
 pub fn round_activations<B: TernaryBackend>(x: Tensor<B, 2>, rotation: Option<Rotation>) -> Tensor<B, 2> {
     let dtype = x.dtype();
-    restore(B::round_activations(single(x), rotation), dtype)
+    restore(timed(|| B::round_activations(single(x), rotation)), dtype)
 }
 
 /// A ternary linear layer without bias: `x [.., in_features]` times matrix `matrix` of `weight`, `[.., rows]`.
@@ -220,7 +223,7 @@ pub fn ternary_linear<B: TernaryBackend, const D: usize>(
     assert!(matrix < layout.matrices, "matrix {matrix} of {layout:?}");
     let tokens = shape[..D - 1].iter().product::<usize>();
     let dtype = x.dtype();
-    let y = B::ternary_linear(single(x.reshape([tokens, layout.in_features])), weight, matrix);
+    let y = timed(|| B::ternary_linear(single(x.reshape([tokens, layout.in_features])), weight, matrix));
     shape[D - 1] = layout.rows;
     restore(y.reshape(shape), dtype)
 }
@@ -247,7 +250,7 @@ pub fn ternary_linears<B: TernaryBackend>(x: Tensor<B, 2>, linears: &[BiasedWeig
         assert!(bias.as_ref().is_none_or(|bias| bias.dims() == [layout.rows]), "a bias for {layout:?}");
     }
     let dtype = x.dtype();
-    B::ternary_linears(single(x), linears).into_iter().map(|y| restore(y, dtype)).collect()
+    timed(|| B::ternary_linears(single(x), linears)).into_iter().map(|y| restore(y, dtype)).collect()
 }
 
 /// Root mean square norm of tokens `x [tokens, hidden]`: `x / sqrt(mean(x^2) + epsilon) * gamma` (Zhang and Sennrich,
@@ -259,7 +262,7 @@ pub fn ternary_linears<B: TernaryBackend>(x: Tensor<B, 2>, linears: &[BiasedWeig
 pub fn rms_norm<B: TernaryBackend>(x: Tensor<B, 2>, gamma: Tensor<B, 1>, epsilon: f64) -> Tensor<B, 2> {
     assert_eq!(x.dims()[1..], gamma.dims(), "width of x and of the norm");
     let dtype = x.dtype();
-    restore(B::rms_norm(single(x), single(gamma), epsilon), dtype)
+    restore(timed(|| B::rms_norm(single(x), single(gamma), epsilon)), dtype)
 }
 
 /// Which experts tokens go to: `x [tokens, hidden]` times `weight [hidden, experts]` plus `bias [experts]`, and of each
@@ -280,7 +283,7 @@ pub fn route<B: TernaryBackend>(
     assert_eq!(bias.dims(), [experts], "one bias an expert");
     assert!(k <= experts, "{k} of {experts} experts");
     let dtype = x.dtype();
-    let (chosen, weights) = B::route(single(x), single(weight), single(bias), k);
+    let (chosen, weights) = timed(|| B::route(single(x), single(weight), single(bias), k));
     (chosen, restore(weights, dtype))
 }
 
@@ -310,7 +313,7 @@ pub fn ternary_experts<B: TernaryBackend>(
     assert_eq!(chosen.dims(), weights.dims(), "chosen experts and their weights");
     assert_eq!(chosen.dims()[0], tokens, "tokens in x and in the chosen experts");
     let dtype = x.dtype();
-    restore(B::ternary_experts(single(x), chosen, single(weights), experts), dtype)
+    restore(timed(|| B::ternary_experts(single(x), chosen, single(weights), experts)), dtype)
 }
 
 /// A linear layer whose matrix is kept as it is stored (bf16, f16 or f32): `x [tokens, columns]`, `[tokens, rows]`.
@@ -325,13 +328,13 @@ pub fn ternary_experts<B: TernaryBackend>(
 pub fn stored_linear<B: TernaryBackend>(x: Tensor<B, 2>, matrix: &StoredMatrix<B>) -> Tensor<B, 2> {
     assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
     let dtype = x.dtype();
-    restore(B::stored_linear(single(x), matrix), dtype)
+    restore(timed(|| B::stored_linear(single(x), matrix)), dtype)
 }
 
 /// Rows of a stored matrix (an embedding): `ids [n]`, `[n, columns]` in `F32`. An id that is no row gives a row of NaN.
 #[must_use]
 pub fn stored_rows<B: TernaryBackend>(matrix: &StoredMatrix<B>, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
-    B::stored_rows(matrix, ids)
+    timed(|| B::stored_rows(matrix, ids))
 }
 
 /// Rows of a ternary matrix (a compact embedding): `ids [n]`, `[n, in_features]` in `F32`,
@@ -352,7 +355,7 @@ pub fn ternary_rows<B: TernaryBackend>(
     ids: Tensor<B, 1, Int>,
 ) -> Tensor<B, 2> {
     assert!(matrix < weight.layout.matrices, "matrix {matrix} of {:?}", weight.layout);
-    B::ternary_rows(weight, matrix, ids)
+    timed(|| B::ternary_rows(weight, matrix, ids))
 }
 
 /// Grouped-query attention with sinks, causal, with an optional sliding window: `[T, q_heads * d]`.
@@ -381,7 +384,7 @@ pub fn sink_attention<B: TernaryBackend>(
     assert!(keys >= queries, "{queries} queries at the end of {keys} keys");
     assert!(spec.window != Some(0), "a window includes the query's own position");
     let dtype = q.dtype();
-    restore(B::sink_attention(single(q), single(k), single(v), single(sinks), spec), dtype)
+    restore(timed(|| B::sink_attention(single(q), single(k), single(v), single(sinks), spec)), dtype)
 }
 
 /// [`sink_attention`] of new tokens over a cache that takes them in: `[tokens, q_heads * head_dim]`.
@@ -408,7 +411,7 @@ pub fn cached_attention<B: TernaryBackend>(
     assert!((heads * size).is_multiple_of(k[1]), "{heads} query heads on {} key heads", k[1] / size);
     assert_eq!(rope[1].dims(), [tokens, half], "sines of the positions");
     let dtype = qkv[0].dtype();
-    restore(B::cached_attention(qkv.map(single), rope.map(single), single(sinks), scale, cache), dtype)
+    restore(timed(|| B::cached_attention(qkv.map(single), rope.map(single), single(sinks), scale, cache)), dtype)
 }
 
 /// The tensor in `F32`, for free if it already is.

@@ -1,0 +1,100 @@
+//! What the machine can do, and what this process takes of it.
+
+use std::{fs, hint::black_box, time::Instant};
+
+use rayon::ThreadPool;
+use serde::Serialize;
+
+/// Bytes that are read to measure the bandwidth: many times what caches hold.
+const BUFFER_BYTES: usize = 512 << 20;
+
+/// How often they are read; the best time counts, as disturbances only ever slow it down.
+const PASSES: usize = 7;
+
+/// Numbers added side by side: enough to keep several vector registers busy.
+const LANES: usize = 16;
+
+/// Gigabytes a second that the threads of each pool read from memory together.
+pub(super) fn read_bandwidth(pools: &[ThreadPool]) -> Vec<f64> {
+    let buffer = vec![1u64; BUFFER_BYTES / size_of::<u64>()];
+    pools.iter().map(|pool| read_pass(pool, &buffer)).collect()
+}
+
+fn read_pass(pool: &ThreadPool, buffer: &[u64]) -> f64 {
+    let part = buffer.len().div_ceil(pool.current_num_threads());
+    let seconds = (0..PASSES).map(|_| {
+        let started = Instant::now();
+        let sums = pool.broadcast(|thread| buffer.chunks(part).nth(thread.index()).map(sum));
+        black_box(sums);
+        started.elapsed().as_secs_f64()
+    });
+    BUFFER_BYTES as f64 / 1e9 / seconds.fold(f64::INFINITY, f64::min)
+}
+
+/// The sum of all numbers: additions so cheap that fetching the numbers takes longer.
+fn sum(numbers: &[u64]) -> u64 {
+    let mut lanes = [0u64; LANES];
+    let chunks = numbers.chunks_exact(LANES);
+    let rest: u64 = chunks.remainder().iter().sum();
+    for chunk in chunks {
+        for (lane, number) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.wrapping_add(*number);
+        }
+    }
+    lanes.iter().fold(rest, |sum, lane| sum.wrapping_add(*lane))
+}
+
+/// Memory of this process, in bytes.
+#[derive(Clone, Copy, Serialize)]
+pub(super) struct Memory {
+    /// The most that was ever resident, mapped files included.
+    pub(super) peak_resident_bytes: u64,
+    /// What is resident of mapped files.
+    pub(super) mapped_bytes: u64,
+    /// What is resident and no file: everything that was allocated.
+    pub(super) anonymous_bytes: u64,
+}
+
+impl Memory {
+    /// As the system tells it, where it does (Linux).
+    pub(super) fn now() -> Option<Self> {
+        Self::parse(&fs::read_to_string("/proc/self/status").ok()?)
+    }
+
+    fn parse(status: &str) -> Option<Self> {
+        let bytes = |name: &str| {
+            let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+        };
+        Some(Self {
+            peak_resident_bytes: bytes("VmHWM")?,
+            mapped_bytes: bytes("RssFile")?,
+            anonymous_bytes: bytes("RssAnon")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_is_read_once() {
+        for length in [0, 1, LANES, 3 * LANES + 5] {
+            let numbers: Vec<u64> = (0..length as u64).collect();
+            assert_eq!(sum(&numbers), numbers.iter().sum::<u64>());
+        }
+    }
+
+    #[test]
+    fn memory_is_read_as_linux_writes_it() {
+        let status =
+            "Name:\tternoss\nVmHWM:\t  7813728 kB\nVmRSS:\t      40 kB\nRssAnon:\t      16 kB\nRssFile:\t      24 kB\n";
+        let memory = Memory::parse(status).unwrap();
+        assert_eq!(
+            [memory.peak_resident_bytes, memory.mapped_bytes, memory.anonymous_bytes],
+            [7_813_728 * 1024, 24 * 1024, 16 * 1024]
+        );
+        assert!(Memory::parse("Name:\tternoss\n").is_none());
+    }
+}
