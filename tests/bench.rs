@@ -31,7 +31,12 @@ fn ternary(folder: &Path) -> PathBuf {
 }
 
 fn load(folder: &Path, experts: ExpertPlacement) -> GptOss<Cpu> {
-    GptOss::load(&Checkpoint::open(folder).unwrap(), LoadOptions { experts, ..LoadOptions::default() }, &Default::default()).unwrap()
+    GptOss::load(
+        &Checkpoint::open(folder).unwrap(),
+        LoadOptions { experts, ..LoadOptions::default() },
+        &Default::default(),
+    )
+    .unwrap()
 }
 
 /// The values of one key in a list of objects.
