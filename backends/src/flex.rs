@@ -8,7 +8,7 @@ use burn_flex::{Flex, FlexTensor};
 use crate::{
     format::{Rotation, TernaryWeight},
     host::{self, HostBackend},
-    ops::{ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
+    ops::{ScoreView, Screen, StoredMatrix, TernaryBackend, TernaryExperts},
 };
 
 impl TernaryBackend for Flex {
@@ -27,6 +27,18 @@ impl TernaryBackend for Flex {
 
     fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
         host::stored_linear(x, matrix)
+    }
+
+    fn stored_linear_at(
+        x: Tensor<Self, 2>,
+        matrix: &StoredMatrix<Self>,
+        rows: Tensor<Self, 1, Int>,
+    ) -> Tensor<Self, 2> {
+        host::stored_linear_at(x, matrix, rows)
+    }
+
+    fn screen(matrix: &StoredMatrix<Self>) -> Option<Screen> {
+        host::screen(matrix)
     }
 
     fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {

@@ -2,7 +2,7 @@
 //!
 //! - [`mod@format`] says what a packed row is: two codes for trits, scales by row and by group, and the layout of a tensor.
 //! - [`ops`] holds the operations: [`ternary_linear`], [`ternary_experts`], [`ternary_rows`], [`stored_linear`],
-//!   [`stored_rows`] and [`sink_attention`], and the trait [`TernaryBackend`] that a backend implements to run them.
+//!   [`stored_rows`], [`screen_bounds`] and [`sink_attention`], and the trait [`TernaryBackend`] that a backend implements to run them.
 //! - [`mod@reference`] computes each of them with Burn's own operations, on any backend. Every kernel is tested against it.
 //! - [`cpu`] holds the kernels for processors, free of Burn: scalar, AVX2 and NEON, chosen at run time.
 //! - [`mapped`] maps model files into memory, so that weights are used where they lie on disk.
@@ -32,6 +32,7 @@ pub mod reference;
 pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 pub use mapped::{MappedError, MappedFile};
 pub use ops::{
-    AttentionSpec, ClampedSwiGlu, ScoreView, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts,
-    round_activations, sink_attention, stored_linear, stored_rows, ternary_experts, ternary_linear, ternary_rows,
+    AttentionSpec, ClampedSwiGlu, ScoreView, Screen, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts,
+    round_activations, screen, screen_bounds, sink_attention, stored_linear, stored_linear_at, stored_rows,
+    ternary_experts, ternary_linear, ternary_rows,
 };

@@ -5,6 +5,7 @@ mod attention;
 mod experts;
 mod linear;
 mod rows;
+mod screen;
 mod stored;
 
 pub(crate) use attention::attention_by;
@@ -12,4 +13,5 @@ pub use attention::{sink_attention, sink_softmax, sink_softmax_gradient};
 pub use experts::{clamped_swiglu, ternary_experts};
 pub use linear::{fake_quantize, magnitude, rotate, rotate_back, round_activations, ternary_linear};
 pub use rows::ternary_rows;
-pub use stored::{stored_linear, stored_linear_transposed, stored_rows};
+pub use screen::screen_bounds;
+pub use stored::{stored_linear, stored_linear_at, stored_linear_transposed, stored_rows};

@@ -1,14 +1,24 @@
 //! x86-64 with AVX2, FMA and F16C.
 #![allow(unsafe_code)]
 
+mod screen;
 mod stored;
 mod ternary;
 
+pub(super) use screen::screen_totals;
 pub(super) use stored::stored_dots;
 pub(super) use ternary::t2_totals;
 
-use super::{math, tokens::Pair};
-use crate::{format::Rotation, ops::ClampedSwiGlu};
+use super::{
+    bounds::{self, TokenTerms},
+    math,
+    screen::{self as rows, Dither},
+    tokens::Pair,
+};
+use crate::{
+    format::Rotation,
+    ops::{ClampedSwiGlu, StoredFloat},
+};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
@@ -38,4 +48,20 @@ pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
     math::sink_softmax_gradient(shares, gradient, scale)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn screen_row(
+    float: StoredFloat,
+    words: &[u32],
+    dither: &Dither,
+    x: &mut [f32],
+    codes: &mut [u8],
+) -> [f32; 2] {
+    rows::screen_row(float, words, dither, x, codes)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn screen_bounds(token: TokenTerms, totals: &[i32], steps: &[f32], lengths: &[f32], out: &mut [f32]) {
+    bounds::screen_bounds(token, totals, steps, lengths, out);
 }
