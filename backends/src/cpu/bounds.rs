@@ -59,7 +59,7 @@ pub(super) struct TokenTerms {
 impl Token {
     fn new(dither: &Dither, x: &[f32], deviations: f32) -> Self {
         let mut x = x.to_vec();
-        dither.rotation.rotate(&mut x);
+        dither.mix(&mut x);
         let largest = x.iter().fold(0u32, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
         let scale = f32::from_bits(largest) / QMAX;
         let mut levels = vec![0; x.len().next_multiple_of(BLOCK)];

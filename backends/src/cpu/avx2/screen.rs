@@ -14,6 +14,8 @@ const CHUNK: usize = 4;
 /// Rows that share the loads of one token's activations.
 const ROWS: usize = 4;
 
+const AHEAD: usize = 4;
+
 /// Tokens that share the codes of one row.
 const TOKENS: usize = 4;
 
@@ -62,6 +64,10 @@ fn tile<const R: usize, const T: usize>(blocks: usize, codes: [&[u8]; R], tokens
             for r in 0..R {
                 // SAFETY: block < blocks, and a row has 32 bytes a block.
                 let bytes = unsafe { _mm256_loadu_si256(codes[r].as_ptr().add(block * BLOCK_BYTES).cast()) };
+                if R == ROWS && block % 2 == 0 {
+                    let ahead = codes[r].as_ptr().wrapping_add(block * BLOCK_BYTES + AHEAD * blocks * BLOCK_BYTES);
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                }
                 let low = _mm256_and_si256(bytes, mask);
                 let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), mask);
                 for t in 0..T {
