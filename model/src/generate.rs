@@ -51,10 +51,10 @@ impl<B: TernaryBackend> GptOss<B> {
         rules: &StopRules,
         mut on_token: impl FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>, GenerateError> {
-        let mut logits = self.prefill(prompt, cache)?;
+        let mut hidden = self.prefill_hidden(prompt, cache)?;
         let mut history = prompt.to_vec();
         while history.len() - prompt.len() < rules.max_tokens {
-            let token = sampler.sample(&host(logits), &history)?;
+            let token = self.next_token(hidden, sampler, &history)?;
             if rules.stop_tokens.contains(&token) {
                 break;
             }
@@ -63,9 +63,27 @@ impl<B: TernaryBackend> GptOss<B> {
             if on_token(token).is_break() || enough {
                 break;
             }
-            logits = self.forward(self.tokens(&[token])?, cache);
+            hidden = self.hidden(self.tokens(&[token])?, cache);
         }
         Ok(history.split_off(prompt.len()))
+    }
+
+    /// Chooses the token after the one whose state before the output layer is `hidden [1, hidden]`. The output layer is
+    /// screened where it may be ([`Table::screened`](crate::table::Table::screened)).
+    ///
+    /// # Errors
+    /// [`SamplingError`]
+    pub fn next_token(
+        &self,
+        hidden: Tensor<B, 2>,
+        sampler: &mut Sampler,
+        history: &[u32],
+    ) -> Result<u32, SamplingError> {
+        let screened = if sampler.can_screen() { self.lm_head.screened(&hidden) } else { None };
+        match screened.as_ref().and_then(|tokens| tokens.first()) {
+            Some(logits) => sampler.sample_screened(logits, history),
+            None => sampler.sample(&host(self.lm_head.logits(hidden)), history),
+        }
     }
 
     /// Runs a prompt in chunks and returns the logits of its last token `[1, vocabulary]`.
@@ -73,6 +91,14 @@ impl<B: TernaryBackend> GptOss<B> {
     /// # Errors
     /// [`GenerateError`] for an empty prompt or a token outside the vocabulary.
     pub fn prefill(&self, prompt: &[u32], cache: &mut KvCache<B>) -> Result<Tensor<B, 2>, GenerateError> {
+        Ok(self.lm_head.logits(self.prefill_hidden(prompt, cache)?))
+    }
+
+    /// Runs a prompt in chunks and returns what the output layer sees of its last token `[1, hidden]`.
+    ///
+    /// # Errors
+    /// [`GenerateError`] for an empty prompt or a token outside the vocabulary.
+    pub fn prefill_hidden(&self, prompt: &[u32], cache: &mut KvCache<B>) -> Result<Tensor<B, 2>, GenerateError> {
         // All of it is checked before any of it changes the cache.
         self.tokens(prompt)?;
         let mut last = None;
@@ -81,7 +107,7 @@ impl<B: TernaryBackend> GptOss<B> {
         }
         let hidden = last.ok_or(GenerateError::EmptyPrompt)?;
         let tokens = hidden.dims()[0];
-        Ok(self.lm_head.logits(hidden.slice_dim(0, tokens - 1..tokens)))
+        Ok(hidden.slice_dim(0, tokens - 1..tokens))
     }
 }
 

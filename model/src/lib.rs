@@ -2,7 +2,7 @@
 //!
 //! In the order data flows: [`config`] (what `config.json` says), [`rope`], [`attention`], [`router`], [`experts`],
 //! [`layer`], [`gpt_oss`]; then what surrounds the model: [`checkpoint`] (files), `tokenizer`, `harmony`
-//! (conversations), [`sampling`], [`generate`] and [`perplexity`].
+//! (conversations), [`sampling`], [`screening`], [`generate`] and [`perplexity`].
 //!
 //! ```no_run
 //! use ternoss_model::{Checkpoint, GptOss, LoadOptions, StopRules, sampling::{Sampler, SamplingConfig}};
@@ -35,6 +35,7 @@ pub mod perplexity;
 pub mod rope;
 pub mod router;
 pub mod sampling;
+pub mod screening;
 pub mod table;
 #[cfg(feature = "tokenizer")]
 pub mod tokenizer;
