@@ -9,10 +9,12 @@ use crate::{
     cpu,
     format::{Rotation, TernaryWeight},
     host::{self, HostBackend},
-    ops::{BiasedWeight, LayerCache, ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
+    ops::{BiasedWeight, LayerCache, ScoreView, Screen, StoredMatrix, TernaryBackend, TernaryExperts},
 };
 
 impl TernaryBackend for Flex {
+    const BATCH_INVARIANT: bool = true;
+
     fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
         host::ternary_linear(x, weight, matrix)
     }
@@ -59,6 +61,18 @@ impl TernaryBackend for Flex {
 
     fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
         host::stored_linear(x, matrix)
+    }
+
+    fn stored_linear_at(
+        x: Tensor<Self, 2>,
+        matrix: &StoredMatrix<Self>,
+        rows: Tensor<Self, 1, Int>,
+    ) -> Tensor<Self, 2> {
+        host::stored_linear_at(x, matrix, rows)
+    }
+
+    fn screen(matrix: &StoredMatrix<Self>) -> Option<Screen> {
+        host::screen(matrix)
     }
 
     fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {

@@ -17,6 +17,7 @@ use crate::{
         experts::{self, Experts},
         linear::{self, Product},
         routing,
+        screen::Screen,
         stored::{self, StoredRows},
         tokens::{self, Tokens},
     },
@@ -240,6 +241,30 @@ pub(crate) fn stored_linear<B: HostBackend>(x: Tensor<B, 2>, matrix: &StoredMatr
     let result = StoredRows::new(&words, matrix.rows(), matrix.columns(), matrix.float())
         .and_then(|rows| stored::stored_linear(Kernels::detect(), &rows, &B::floats(&x), tokens, &mut out));
     finish(result, out, [tokens, matrix.rows()], &device)
+}
+
+/// [`TernaryBackend::stored_linear_at`] by the kernels.
+pub(crate) fn stored_linear_at<B: HostBackend>(
+    x: Tensor<B, 2>,
+    matrix: &StoredMatrix<B>,
+    ids: Tensor<B, 1, Int>,
+) -> Tensor<B, 2> {
+    let (tokens, device) = (x.dims()[0], x.device());
+    let ids: Vec<Option<usize>> = ids.into_data().iter::<i64>().map(|id| usize::try_from(id).ok()).collect();
+    let (x, words) = (primitive(x), matrix.words.clone().into_primitive());
+    let mut out = vec![0.0; tokens * ids.len()];
+    let words = B::words(&words);
+    let result = StoredRows::new(&words, matrix.rows(), matrix.columns(), matrix.float())
+        .and_then(|rows| stored::stored_linear_at(Kernels::detect(), &rows, &B::floats(&x), tokens, &ids, &mut out));
+    finish(result, out, [tokens, ids.len()], &device)
+}
+
+/// [`TernaryBackend::screen`] by the kernels. A matrix that does not follow its own shape has none.
+pub(crate) fn screen<B: HostBackend>(matrix: &StoredMatrix<B>) -> Option<Screen> {
+    let words = matrix.words.clone().into_primitive();
+    let words = B::words(&words);
+    let rows = StoredRows::new(&words, matrix.rows(), matrix.columns(), matrix.float()).ok()?;
+    Some(Screen::new(Kernels::detect(), &rows))
 }
 
 /// [`TernaryBackend::stored_rows`] by the kernels.

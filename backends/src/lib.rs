@@ -2,7 +2,7 @@
 //!
 //! - [`mod@format`] says what a packed row is: two codes for trits, scales by row and by group, and the layout of a tensor.
 //! - [`ops`] holds the operations: [`ternary_linear`], [`ternary_experts`], [`ternary_rows`], [`stored_linear`],
-//!   [`stored_rows`] and [`sink_attention`], and the trait [`TernaryBackend`] that a backend implements to run them.
+//!   [`stored_rows`], [`screen_bounds`] and [`sink_attention`], and the trait [`TernaryBackend`] that a backend implements to run them.
 //! - [`mod@reference`] computes each of them with Burn's own operations, on any backend. Every kernel is tested against it.
 //! - [`cpu`] holds the kernels for processors, free of Burn: scalar, AVX2 and NEON, chosen at run time.
 //! - [`mapped`] maps model files into memory, so that weights are used where they lie on disk.
@@ -32,7 +32,8 @@ pub mod reference;
 pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 pub use mapped::{MappedError, MappedFile};
 pub use ops::{
-    AttentionSpec, BiasedWeight, ClampedSwiGlu, KvFormat, LayerCache, ScoreView, StoredFloat, StoredMatrix,
-    TernaryBackend, TernaryExperts, cached_attention, rms_norm, round_activations, route, sink_attention,
-    stored_linear, stored_rows, ternary_experts, ternary_linear, ternary_linears, ternary_rows, time_in_operations,
+    AttentionSpec, BiasedWeight, ClampedSwiGlu, KvFormat, LayerCache, ScoreView, Screen, StoredFloat, StoredMatrix,
+    TernaryBackend, TernaryExperts, cached_attention, rms_norm, round_activations, route, screen, screen_bounds,
+    sink_attention, stored_linear, stored_linear_at, stored_rows, ternary_experts, ternary_linear, ternary_linears,
+    ternary_rows, time_in_operations,
 };

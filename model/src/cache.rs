@@ -10,13 +10,14 @@ use crate::config::GptOssConfig;
 pub struct KvCache<B: Backend> {
     layers: Vec<LayerCache<B>>,
     position: usize,
+    spare: usize,
 }
 
 impl<B: Backend> KvCache<B> {
     /// An empty cache for a model.
     pub fn new(config: &GptOssConfig) -> Self {
         let layers = (0..config.num_hidden_layers()).map(|layer| LayerCache::new(config.window(layer))).collect();
-        Self { layers, position: 0 }
+        Self { layers, position: 0, spare: 0 }
     }
 
     /// An empty cache that keeps its numbers in another format.
@@ -30,7 +31,12 @@ impl<B: Backend> KvCache<B> {
     #[must_use]
     pub fn with_spare(self, spare: usize) -> Self {
         let layers = self.layers.into_iter().map(|layer| layer.with_spare(spare)).collect();
-        Self { layers, ..self }
+        Self { layers, spare, ..self }
+    }
+
+    /// How many tokens can be taken back.
+    pub fn spare(&self) -> usize {
+        self.spare
     }
 
     /// Tokens seen so far: the position of the next one.

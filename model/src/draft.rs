@@ -39,9 +39,10 @@ impl Drafter {
             self.pause -= 1;
             return &[];
         }
-        (SHORTEST_MATCH..=LONGEST_MATCH).rev().find_map(|length| after_last(history, length)).map_or(&[], |following| {
-            &following[..self.length.min(following.len())]
-        })
+        (SHORTEST_MATCH..=LONGEST_MATCH)
+            .rev()
+            .find_map(|length| after_last(history, length))
+            .map_or(&[], |following| &following[..self.length.min(following.len())])
     }
 
     /// Of a guess of `drafted` tokens, the first `accepted` were right.

@@ -7,6 +7,8 @@ use ternoss_backends::TernaryBackend;
 
 use crate::{
     GptOss, KvCache, TokenOutOfRange,
+    draft::Drafter,
+    layer::Layer,
     sampling::{Sampler, SamplingError},
 };
 
@@ -36,10 +38,28 @@ pub struct StopRules {
     pub stop_tokens: Vec<u32>,
 }
 
+/// A text that grows.
+struct Writing {
+    /// Prompt and new tokens.
+    history: Vec<u32>,
+    /// Where it ends at the latest.
+    end: usize,
+}
+
+/// How far a guess was right.
+struct Accepted {
+    /// Guessed tokens that are part of the text and not its last one.
+    drafted: usize,
+    /// Whether the text ends.
+    finished: bool,
+}
+
 impl<B: TernaryBackend> GptOss<B> {
     /// Continues `prompt` until a rule stops it; every new token goes to `on_token`, which may break off.
     ///
-    /// `cache` may hold what came before the prompt; afterwards it holds all but the last token.
+    /// `cache` may hold what came before the prompt; afterwards it holds all but the last token. Where it lets tokens be taken
+    /// back ([`KvCache::with_spare`]) and the model is ternary, up to as many next tokens are guessed from the text so far and
+    /// checked in one batch: faster where the text repeats itself or its prompt, and the same text in any case.
     ///
     /// # Errors
     /// [`GenerateError`] for an empty prompt, a token outside the vocabulary, logits that are not numbers.
@@ -52,22 +72,77 @@ impl<B: TernaryBackend> GptOss<B> {
         mut on_token: impl FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>, GenerateError> {
         B::session(|| {
-            let mut logits = self.prefill(prompt, cache)?;
-            let mut history = prompt.to_vec();
-            while history.len() - prompt.len() < rules.max_tokens {
-                let token = sampler.sample(&host(logits), &history)?;
-                if rules.stop_tokens.contains(&token) {
+            let mut writing = Writing { history: prompt.to_vec(), end: prompt.len() + rules.max_tokens };
+            let mut drafter = Drafter::new(if self.is_batch_invariant() { cache.spare() } else { 0 });
+            let mut hidden = self.prefill_hidden(prompt, cache)?;
+            let mut draft = Vec::new();
+            while rules.max_tokens > 0 {
+                let accepted = self.accept(&draft, hidden, &mut writing, sampler, rules, &mut on_token)?;
+                drafter.learn(draft.len(), accepted.drafted);
+                // What was guessed wrong went through the model in vain.
+                cache.truncate(cache.position() + accepted.drafted - draft.len());
+                if accepted.finished {
                     break;
                 }
-                history.push(token);
-                let enough = history.len() - prompt.len() == rules.max_tokens;
-                if on_token(token).is_break() || enough {
-                    break;
-                }
-                logits = self.forward(self.tokens(&[token])?, cache);
+                let room = writing.end - writing.history.len() - 1;
+                draft = drafter.draft(&writing.history).iter().copied().take(room).collect();
+                let batch: Vec<u32> = writing.history.last().into_iter().chain(&draft).copied().collect();
+                hidden = self.hidden(self.tokens(&batch)?, cache);
             }
-            Ok(history.split_off(prompt.len()))
+            Ok(writing.history.split_off(prompt.len()))
         })
+    }
+
+    /// Chooses the next tokens for as long as `draft` guessed them, and one more; `hidden [1 + drafted, hidden]` is what the
+    /// output layer sees of the last token and of each guess.
+    fn accept(
+        &self,
+        draft: &[u32],
+        hidden: Tensor<B, 2>,
+        writing: &mut Writing,
+        sampler: &mut Sampler,
+        rules: &StopRules,
+        on_token: &mut impl FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Accepted, GenerateError> {
+        let mut drafted = 0;
+        loop {
+            let hidden = hidden.clone().slice_dim(0, drafted..drafted + 1);
+            let token = self.next_token(hidden, sampler, &writing.history)?;
+            if rules.stop_tokens.contains(&token) {
+                return Ok(Accepted { drafted, finished: true });
+            }
+            writing.history.push(token);
+            if on_token(token).is_break() || writing.history.len() == writing.end {
+                return Ok(Accepted { drafted, finished: true });
+            }
+            if draft.get(drafted) != Some(&token) {
+                return Ok(Accepted { drafted, finished: false });
+            }
+            drafted += 1;
+        }
+    }
+
+    /// Whether a batch gives every token the bits that it would have alone, so that guesses change nothing.
+    fn is_batch_invariant(&self) -> bool {
+        B::BATCH_INVARIANT && self.layers.iter().all(Layer::is_packed)
+    }
+
+    /// Chooses the token after the one whose state before the output layer is `hidden [1, hidden]`. The output layer is
+    /// screened where it may be ([`Table::screened`](crate::table::Table::screened)).
+    ///
+    /// # Errors
+    /// [`SamplingError`]
+    pub fn next_token(
+        &self,
+        hidden: Tensor<B, 2>,
+        sampler: &mut Sampler,
+        history: &[u32],
+    ) -> Result<u32, SamplingError> {
+        let screened = if sampler.can_screen() { self.lm_head.screened(&hidden) } else { None };
+        match screened.as_ref().and_then(|tokens| tokens.first()) {
+            Some(logits) => sampler.sample_screened(logits, history),
+            None => sampler.sample(&host(self.lm_head.logits(hidden)), history),
+        }
     }
 
     /// Runs a prompt in chunks and returns the logits of its last token `[1, vocabulary]`.
@@ -75,6 +150,14 @@ impl<B: TernaryBackend> GptOss<B> {
     /// # Errors
     /// [`GenerateError`] for an empty prompt or a token outside the vocabulary.
     pub fn prefill(&self, prompt: &[u32], cache: &mut KvCache<B>) -> Result<Tensor<B, 2>, GenerateError> {
+        Ok(self.lm_head.logits(self.prefill_hidden(prompt, cache)?))
+    }
+
+    /// Runs a prompt in chunks and returns what the output layer sees of its last token `[1, hidden]`.
+    ///
+    /// # Errors
+    /// [`GenerateError`] for an empty prompt or a token outside the vocabulary.
+    pub fn prefill_hidden(&self, prompt: &[u32], cache: &mut KvCache<B>) -> Result<Tensor<B, 2>, GenerateError> {
         // All of it is checked before any of it changes the cache.
         self.tokens(prompt)?;
         let mut last = None;
@@ -83,7 +166,7 @@ impl<B: TernaryBackend> GptOss<B> {
         }
         let hidden = last.ok_or(GenerateError::EmptyPrompt)?;
         let tokens = hidden.dims()[0];
-        Ok(self.lm_head.logits(hidden.slice_dim(0, tokens - 1..tokens)))
+        Ok(hidden.slice_dim(0, tokens - 1..tokens))
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! In the order data flows: [`config`] (what `config.json` says), [`rope`], [`attention`], [`router`], [`experts`],
 //! [`layer`], [`gpt_oss`]; then what surrounds the model: [`checkpoint`] (files), `tokenizer`, `harmony`
-//! (conversations), [`sampling`], [`generate`], [`perplexity`] and [`traffic`] (bytes a token reads).
+//! (conversations), [`sampling`], [`screening`], [`generate`], [`perplexity`] and [`traffic`] (bytes a token reads).
 //!
 //! ```no_run
 //! use ternoss_model::{Checkpoint, GptOss, LoadOptions, StopRules, sampling::{Sampler, SamplingConfig}};
@@ -25,6 +25,7 @@ pub mod attention;
 pub mod cache;
 pub mod checkpoint;
 pub mod config;
+mod draft;
 pub mod experts;
 pub mod generate;
 pub mod gpt_oss;
@@ -36,6 +37,7 @@ pub mod perplexity;
 pub mod rope;
 pub mod router;
 pub mod sampling;
+pub mod screening;
 pub mod table;
 #[cfg(feature = "tokenizer")]
 pub mod tokenizer;

@@ -3,11 +3,17 @@
 //! The steps and their order are those of Hugging Face transformers' logits processors: repetition penalty, temperature,
 //! top-k, top-p, min-p. Sums run in double precision in order of falling probability, so the same seed gives the same
 //! tokens on every machine.
+//!
+//! [`Sampler::sample`] takes all logits, [`Sampler::sample_screened`] computes those that can matter, and chooses the same
+//! token: greedy, with top-k, with min-p, and with top-p where few tokens hold most of the probability. Sampling from the
+//! whole vocabulary needs every logit.
 
 use std::collections::BTreeSet;
 
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use serde::{Deserialize, Serialize};
+
+use crate::screening::{Candidate, LazyLogits, Need, candidates, descending};
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,10 +100,25 @@ impl SamplingConfig {
 pub struct Sampler {
     config: SamplingConfig,
     random: ChaCha8Rng,
+    computed: Computed,
 }
 
-/// A token and its logit.
-type Candidate = (u32, f32);
+/// How many logits were computed for tokens that were looked for by [`Sampler::sample_screened`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Computed {
+    /// Tokens chosen.
+    pub tokens: usize,
+    /// Logits computed for them, all together.
+    pub logits: usize,
+}
+
+impl Computed {
+    /// Logits computed for a token, on average; `None` if there was no token.
+    #[must_use]
+    pub fn mean(&self) -> Option<f64> {
+        (self.tokens > 0).then(|| self.logits as f64 / self.tokens as f64)
+    }
+}
 
 impl Sampler {
     /// A sampler at the start of its random numbers.
@@ -106,7 +127,12 @@ impl Sampler {
     /// [`SamplingError::Parameter`]
     pub fn new(config: SamplingConfig) -> Result<Self, SamplingError> {
         config.validate()?;
-        Ok(Self { config, random: ChaCha8Rng::seed_from_u64(config.seed) })
+        Ok(Self { config, random: ChaCha8Rng::seed_from_u64(config.seed), computed: Computed::default() })
+    }
+
+    /// What [`sample_screened`](Self::sample_screened) computed so far.
+    pub fn computed(&self) -> Computed {
+        self.computed
     }
 
     /// The next token, given the logits of all tokens `[vocabulary]` and the tokens so far. Between equal logits the
@@ -115,15 +141,64 @@ impl Sampler {
     /// # Errors
     /// [`SamplingError`] when the logits are empty, not numbers, or rule out every token.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SamplingError> {
-        let logits = self.penalized(logits, history)?;
-        let best = argmax(&logits).ok_or(SamplingError::Empty)?;
-        if logits[best] == f32::NEG_INFINITY {
+        let mut candidates: Vec<Candidate> = (0u32..).zip(logits.iter().copied()).collect();
+        for token in self.penalized_tokens(history) {
+            if let Some((_, logit)) = candidates.get_mut(token as usize) {
+                *logit = self.penalized(*logit);
+            }
+        }
+        self.choose(candidates)
+    }
+
+    /// The token that [`sample`](Self::sample) would choose, of logits that are computed where they matter. It differs only
+    /// where a bound is wrong.
+    ///
+    /// # Errors
+    /// Those of [`sample`](Self::sample).
+    pub fn sample_screened(&mut self, logits: &impl LazyLogits, history: &[u32]) -> Result<u32, SamplingError> {
+        let seen = self.penalized_tokens(history);
+        let change = |(token, logit): Candidate| if seen.contains(&token) { self.penalized(logit) } else { logit };
+        let found = candidates(logits, self.need(), &seen, change);
+        self.computed.tokens += 1;
+        self.computed.logits += found.as_ref().map_or(logits.bounds().len(), Vec::len);
+        match found {
+            Some(candidates) => self.choose(candidates),
+            None => self.sample(&logits.all(), history),
+        }
+    }
+
+    /// Whether a choice can do without most logits.
+    pub fn can_screen(&self) -> bool {
+        self.need() != Need::All
+    }
+
+    /// Which logits a choice depends on.
+    fn need(&self) -> Need {
+        let SamplingConfig { temperature, top_k, top_p, min_p, .. } = self.config;
+        let temperature = f64::from(temperature);
+        match (top_k, top_p, min_p) {
+            _ if temperature == 0.0 => Need::Largest(1),
+            (Some(k), ..) => Need::Largest(k),
+            (None, Some(top_p), _) if top_p < 1.0 => Need::Nucleus { share: f64::from(top_p), temperature },
+            (None, None, Some(min_p)) if min_p > 0.0 => Need::Within(-f64::from(min_p).ln() * temperature),
+            _ => Need::All,
+        }
+    }
+
+    /// Chooses among candidates in order of their tokens, penalties included.
+    fn choose(&mut self, mut candidates: Vec<Candidate>) -> Result<u32, SamplingError> {
+        let broken = |logit: f32| logit.is_nan() || logit == f32::INFINITY;
+        if let Some((token, value)) = candidates.iter().find(|(_, logit)| broken(*logit)) {
+            return Err(SamplingError::NotANumber { token: *token as usize, value: *value });
+        }
+        let (best, largest) = first_largest(&candidates).ok_or(SamplingError::Empty)?;
+        if largest == f32::NEG_INFINITY {
             return Err(SamplingError::NothingLeft);
         }
         if self.config.temperature == 0.0 || self.config.top_k == Some(1) {
-            return Ok(best as u32);
+            return Ok(best);
         }
-        let candidates = self.top_k(&logits);
+        self.cut_top_k(&mut candidates);
         let mut weights = self.weights(&candidates);
         self.cut_top_p(&mut weights);
         self.cut_min_p(&mut weights);
@@ -139,35 +214,27 @@ impl Sampler {
         Ok(candidates[weights.len() - 1].0)
     }
 
-    fn penalized(&self, logits: &[f32], history: &[u32]) -> Result<Vec<f32>, SamplingError> {
-        let mut logits = logits.to_vec();
-        let penalty = self.config.repetition_penalty;
-        if penalty != 1.0 {
-            for token in history.iter().copied().collect::<BTreeSet<u32>>() {
-                if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
-                }
-            }
+    /// The tokens whose logits are penalized.
+    fn penalized_tokens(&self, history: &[u32]) -> BTreeSet<u32> {
+        match self.config.repetition_penalty == 1.0 {
+            true => BTreeSet::new(),
+            false => history.iter().copied().collect(),
         }
-        // After the penalty, which may overflow.
-        let broken = |value: &f32| value.is_nan() || *value == f32::INFINITY;
-        if let Some(token) = logits.iter().position(broken) {
-            return Err(SamplingError::NotANumber { token, value: logits[token] });
-        }
-        Ok(logits)
     }
 
-    /// The candidates in order of falling logit: the k best, or all that top-p and min-p may need.
-    fn top_k(&self, logits: &[f32]) -> Vec<Candidate> {
-        let order = |a: &Candidate, b: &Candidate| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        let mut all: Vec<Candidate> =
-            (0u32..).zip(logits.iter().copied()).filter(|(_, logit)| *logit > f32::NEG_INFINITY).collect();
-        if let Some(k) = self.config.top_k.filter(|k| *k < all.len()) {
-            all.select_nth_unstable_by(k - 1, order);
-            all.truncate(k);
+    fn penalized(&self, logit: f32) -> f32 {
+        let penalty = self.config.repetition_penalty;
+        if logit > 0.0 { logit / penalty } else { logit * penalty }
+    }
+
+    /// Keeps the k best, or all that top-p and min-p may need, in order of falling logit.
+    fn cut_top_k(&self, candidates: &mut Vec<Candidate>) {
+        candidates.retain(|(_, logit)| *logit > f32::NEG_INFINITY);
+        if let Some(k) = self.config.top_k.filter(|k| *k < candidates.len()) {
+            candidates.select_nth_unstable_by(k - 1, descending);
+            candidates.truncate(k);
         }
-        all.sort_unstable_by(order);
-        all
+        candidates.sort_unstable_by(descending);
     }
 
     /// Unnormalized probabilities, the first being 1.
@@ -199,11 +266,9 @@ impl Sampler {
     }
 }
 
-/// The position of the largest value, the first of equal ones.
-fn argmax(values: &[f32]) -> Option<usize> {
-    let mut values = values.iter().enumerate();
-    let first = values.next()?;
-    Some(values.fold(first, |best, next| if *next.1 > *best.1 { next } else { best }).0)
+/// The candidate with the largest logit, the first of equal ones.
+fn first_largest(candidates: &[Candidate]) -> Option<Candidate> {
+    candidates.iter().copied().reduce(|best, next| if next.1 > best.1 { next } else { best })
 }
 
 #[cfg(test)]

@@ -1,13 +1,21 @@
 //! The embedding and the output layer: frozen matrices, as the checkpoint stores them or ternary.
 
+use std::sync::{Arc, OnceLock};
+
 use burn::{
     module::{Module, Param, ParamId},
-    tensor::{Int, Tensor, backend::Backend},
+    tensor::{Int, Tensor, TensorData, backend::Backend},
 };
 use ternoss_backends::{
-    StoredFloat, StoredMatrix, TernaryBackend, stored_linear, stored_rows, ternary_linear, ternary_rows,
+    Screen, StoredFloat, StoredMatrix, TernaryBackend, screen, screen_bounds, stored_linear, stored_linear_at,
+    stored_rows, ternary_linear, ternary_rows,
 };
 use ternoss_quant::TernaryTensor;
+
+use crate::screening::LazyLogits;
+
+/// Weights from which on [`Screening::Auto`] makes a compact copy: smaller tables are read as fast as it.
+const SCREENED_WEIGHTS: usize = 1 << 24;
 
 /// A matrix `[vocabulary, hidden]`.
 #[derive(Module, Debug)]
@@ -28,6 +36,24 @@ pub struct StoredTable<B: Backend> {
     hidden: usize,
     #[module(skip)]
     float: StoredFloat,
+    #[module(skip)]
+    screening: Screening,
+    /// The compact copy of the words, made at its first use. Clones share it.
+    #[module(skip)]
+    screen: Arc<OnceLock<Option<Screen>>>,
+}
+
+/// Whether the next token is looked for with a compact copy of the output layer, a quarter of its bytes, that tells which
+/// logits need to be computed ([`ternoss_backends::screen()`]). The chosen tokens are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Screening {
+    /// Where the table is large and the backend can.
+    #[default]
+    Auto,
+    /// Wherever the backend can.
+    Always,
+    /// Every logit is computed.
+    Never,
 }
 
 impl<B: Backend> StoredTable<B> {
@@ -37,6 +63,8 @@ impl<B: Backend> StoredTable<B> {
             hidden: matrix.columns(),
             float: matrix.float(),
             words: Param::initialized(ParamId::new(), matrix.words),
+            screening: Screening::Auto,
+            screen: Arc::default(),
         }
     }
 
@@ -52,6 +80,29 @@ impl<B: Backend> Table<B> {
             Self::Stored(table) => table.words.dims()[0],
             Self::Ternary(table) => table.layout().rows,
         }
+    }
+
+    /// The same table, screened or not. A ternary one never is.
+    #[must_use]
+    pub fn with_screening(mut self, screening: Screening) -> Self {
+        if let Self::Stored(table) = &mut self {
+            table.screening = screening;
+        }
+        self
+    }
+}
+
+impl<B: TernaryBackend> StoredTable<B> {
+    fn screen(&self) -> Option<&Screen> {
+        let wanted = match self.screening {
+            Screening::Auto => self.words.dims()[0] * self.hidden >= SCREENED_WEIGHTS,
+            Screening::Always => true,
+            Screening::Never => false,
+        };
+        if !wanted {
+            return None;
+        }
+        self.screen.get_or_init(|| screen(&self.matrix())).as_ref()
     }
 }
 
@@ -72,5 +123,52 @@ impl<B: TernaryBackend> Table<B> {
             Self::Stored(table) => stored_linear(x, &table.matrix()),
             Self::Ternary(table) => ternary_linear(x, &table.weight(), 0),
         }
+    }
+
+    /// Makes the compact copy if there is to be one, which [`screened`](Self::screened) would do at its first call; returns
+    /// whether there is one.
+    pub fn prepare_screen(&self) -> bool {
+        matches!(self, Self::Stored(table) if table.screen().is_some())
+    }
+
+    /// The logits of each token of `x [tokens, hidden]`, to be computed where they are looked at. `None` where every logit
+    /// has to be computed anyway ([`logits`](Self::logits)): a table that is ternary, small or not to be screened, a backend
+    /// without kernels for it.
+    pub fn screened(&self, x: &Tensor<B, 2>) -> Option<Vec<ScreenedLogits<B>>> {
+        let Self::Stored(table) = self else { return None };
+        let bounds: Vec<f32> = screen_bounds(x.clone(), table.screen()?).into_data().into_vec().ok()?;
+        let tokens = bounds.chunks(self.rows().max(1)).enumerate();
+        let logits = |(token, bounds): (usize, &[f32])| ScreenedLogits {
+            matrix: table.matrix(),
+            x: x.clone().slice_dim(0, token..token + 1),
+            bounds: bounds.to_vec(),
+        };
+        Some(tokens.map(logits).collect())
+    }
+}
+
+/// The logits of one token, computed where they are looked at: see [`Table::screened`].
+#[derive(Debug)]
+pub struct ScreenedLogits<B: Backend> {
+    matrix: StoredMatrix<B>,
+    /// `[1, hidden]`.
+    x: Tensor<B, 2>,
+    bounds: Vec<f32>,
+}
+
+impl<B: TernaryBackend> LazyLogits for ScreenedLogits<B> {
+    fn bounds(&self) -> &[f32] {
+        &self.bounds
+    }
+
+    fn exact(&self, tokens: &[u32]) -> Vec<f32> {
+        let ids: Vec<i64> = tokens.iter().map(|token| i64::from(*token)).collect();
+        let shape = [ids.len()];
+        let ids = Tensor::from_data(TensorData::new(ids, shape), &self.x.device());
+        stored_linear_at(self.x.clone(), &self.matrix, ids).into_data().iter::<f32>().collect()
+    }
+
+    fn all(&self) -> Vec<f32> {
+        stored_linear(self.x.clone(), &self.matrix).into_data().iter::<f32>().collect()
     }
 }

@@ -7,7 +7,12 @@ use std::{
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use ternoss::model::harmony::{Analysis, Effort, Harmony, HarmonyError, Message, Parser, Piece, System};
+use ternoss::model::{
+    harmony::{Analysis, Effort, Harmony, HarmonyError, Message, Parser, Piece, System},
+    sampling::Sampler,
+};
+
+use super::generate::add_computed;
 
 /// The channel of the answer.
 const FINAL: &str = "final";
@@ -86,15 +91,17 @@ impl<'a> Printer<'a> {
         }
     }
 
-    /// Prints the rest; `tokens` are all that came.
-    pub(super) fn finish(mut self, tokens: &[u32]) -> Result<()> {
+    /// Prints the rest; `tokens` are all that came, chosen by `sampler`.
+    pub(super) fn finish(mut self, tokens: &[u32], sampler: &Sampler) -> Result<()> {
         if let Some(error) = self.error {
             return Err(error);
         }
         let rest = self.parser.finish()?;
         self.print(rest)?;
         if self.quiet {
-            return Ok(print_line!("{}", answer(self.parser.messages(), tokens))?);
+            let mut object = answer(self.parser.messages(), tokens);
+            add_computed(&mut object, sampler);
+            return Ok(print_line!("{object}")?);
         }
         self.end_of_thinking()?;
         if !self.answered {

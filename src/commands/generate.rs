@@ -8,12 +8,16 @@ use std::{
 
 use anyhow::{Result, bail};
 use clap::Args;
-use serde_json::json;
-use ternoss::model::{
-    Checkpoint, StopRules,
-    harmony::{Effort, Harmony},
-    sampling::{Sampler, SamplingConfig},
-    tokenizer::Tokenizer,
+use serde_json::{Value, json};
+use ternoss::{
+    Cpu,
+    model::{
+        Checkpoint, GptOss, StopRules,
+        harmony::{Effort, Harmony},
+        sampling::{Sampler, SamplingConfig},
+        table::Screening,
+        tokenizer::Tokenizer,
+    },
 };
 
 use super::{ModelArgs, chat, stop_tokens, token_ids, tokenizer};
@@ -45,6 +49,9 @@ pub(crate) struct GenerateArgs {
     /// Print one JSON object with the new tokens, and their text where there is a tokenizer
     #[arg(long)]
     json: bool,
+    /// Compute the logits of all tokens, instead of those alone that a compact copy of the output layer cannot rule out
+    #[arg(long)]
+    exact_output: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -114,7 +121,7 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
         (_, Some(TokenIds(ids)), _) => ids.clone(),
         _ => bail!("there is neither a prompt nor tokens"),
     };
-    let model = args.model.load(&checkpoint)?;
+    let model = args.load(&checkpoint)?;
     let stop_tokens = if args.ignore_eos { Vec::new() } else { stop_tokens(&checkpoint)? };
     let rules = StopRules { max_tokens: args.max_tokens, stop_tokens };
     let started = Instant::now();
@@ -129,10 +136,22 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
         if let Some(tokenizer) = &tokenizer {
             object["text"] = json!(tokenizer.decode(&new, true)?);
         }
+        add_computed(&mut object, &sampler);
         print_line!("{object}")?;
     }
-    log_speed(prompt.len(), new.len(), started);
+    log_speed(prompt.len(), new.len(), started, &sampler);
     Ok(())
+}
+
+impl GenerateArgs {
+    /// The model, with its output layer screened unless everything is to be read.
+    fn load(&self, checkpoint: &Checkpoint) -> Result<GptOss<Cpu>> {
+        let mut model = self.model.load(checkpoint)?;
+        if self.exact_output {
+            model.lm_head = model.lm_head.with_screening(Screening::Never);
+        }
+        Ok(model)
+    }
 }
 
 /// Prints what the model answers to a question.
@@ -146,18 +165,28 @@ fn answer(
     let prompt = chat::prompt(harmony, question, args.reasoning)?;
     let stop_tokens = [stop_tokens(checkpoint)?.as_slice(), &harmony.stop_tokens()].concat();
     let rules = StopRules { max_tokens: args.max_tokens, stop_tokens };
-    let model = args.model.load(checkpoint)?;
+    let model = args.load(checkpoint)?;
     let started = Instant::now();
     let mut printer = chat::Printer::new(harmony, args.json);
     let new = model.generate(&prompt, &mut model.new_cache(), sampler, &rules, |token| printer.token(token))?;
-    printer.finish(&new)?;
-    log_speed(prompt.len(), new.len(), started);
+    printer.finish(&new, sampler)?;
+    log_speed(prompt.len(), new.len(), started, sampler);
     Ok(())
 }
 
-fn log_speed(prompt: usize, new: usize, started: Instant) {
+fn log_speed(prompt: usize, new: usize, started: Instant, sampler: &Sampler) {
     let rate = (prompt + new) as f64 / started.elapsed().as_secs_f64();
     tracing::info!("{prompt} prompt tokens, {new} new, {rate:.1} tokens/s");
+    if let Some(mean) = sampler.computed().mean() {
+        tracing::info!("output layer screened: {mean:.1} logits computed for a token");
+    }
+}
+
+/// How many logits were computed for a token, where the output layer was screened.
+pub(super) fn add_computed(object: &mut Value, sampler: &Sampler) {
+    if let Some(mean) = sampler.computed().mean() {
+        object["computed_logits"] = json!(mean);
+    }
 }
 
 /// Writes tokens to stdout as they come: as text, or as ids where there is no tokenizer.

@@ -9,11 +9,13 @@
 //! - [`experts`]: the routed feed-forward block;
 //! - [`attention`]: attention over a key-value cache;
 //! - [`routing`]: norms and the choice of experts;
-//! - [`stored`]: products with matrices kept in their checkpoint's float type.
+//! - [`stored`]: products with matrices kept in their checkpoint's float type;
+//! - [`screen`], [`bounds`]: which of their rows cannot have a large product.
 
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+pub mod bounds;
 pub mod experts;
 mod kv;
 pub mod linear;
@@ -22,6 +24,7 @@ mod math;
 mod neon;
 pub mod routing;
 mod scalar;
+pub mod screen;
 pub mod stored;
 mod tasks;
 mod team;
@@ -39,8 +42,10 @@ use crate::{
     format::Rotation,
     ops::{ClampedSwiGlu, StoredFloat},
 };
+use bounds::{ScreenRows, TokenTerms};
 use linear::T2Rows;
 use math::Matrix;
+use screen::Dither;
 use tokens::{Pair, Token};
 
 /// An instruction set that has kernels.
@@ -179,5 +184,27 @@ impl Kernels {
     /// `out[row * tokens + token]`: stored rows times tokens that are zero-padded to whole [`stored::LANES`].
     fn stored_dots(self, float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {
         dispatch!(self, stored_dots(float, rows, tokens, out));
+    }
+
+    /// One row of a screen: see [`screen::screen_row`].
+    fn screen_row(
+        self,
+        float: StoredFloat,
+        words: &[u32],
+        dither: &Dither,
+        x: &mut [f32],
+        codes: &mut [u8],
+    ) -> [f32; 2] {
+        dispatch!(self, screen_row(float, words, dither, x, codes))
+    }
+
+    /// `totals[token * rows + row]`: codes of a screen times at most [`bounds::TOKEN_TILE`] tokens of whole blocks.
+    fn screen_totals(self, rows: &ScreenRows<'_>, tokens: &[&[i8]], totals: &mut [i32]) {
+        dispatch!(self, screen_totals(rows, tokens, totals));
+    }
+
+    /// The bounds of some rows with one token: see [`bounds::screen_bounds`].
+    fn screen_bounds(self, token: TokenTerms, totals: &[i32], steps: &[f32], lengths: &[f32], out: &mut [f32]) {
+        dispatch!(self, screen_bounds(token, totals, steps, lengths, out));
     }
 }

@@ -7,8 +7,10 @@
 use std::arch::aarch64::*;
 
 use super::{
+    bounds::{self, ScreenRows, TokenTerms},
     linear::T2Rows,
     math::{self, Matrix},
+    screen::{self, Dither},
     stored::{KERNEL_TOKENS, LANES},
     tokens::{Pair, Token},
 };
@@ -214,4 +216,25 @@ fn add_float_lanes(lanes: [float32x4_t; 4]) -> f32 {
     let x = vaddq_f32(vaddq_f32(lanes[0], lanes[2]), vaddq_f32(lanes[1], lanes[3]));
     let x = vadd_f32(vget_low_f32(x), vget_high_f32(x));
     vget_lane_f32::<0>(x) + vget_lane_f32::<1>(x)
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn screen_row(
+    float: StoredFloat,
+    words: &[u32],
+    dither: &Dither,
+    x: &mut [f32],
+    codes: &mut [u8],
+) -> [f32; 2] {
+    screen::screen_row(float, words, dither, x, codes)
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn screen_bounds(token: TokenTerms, totals: &[i32], steps: &[f32], lengths: &[f32], out: &mut [f32]) {
+    bounds::screen_bounds(token, totals, steps, lengths, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn screen_totals(rows: &ScreenRows<'_>, tokens: &[&[i8]], totals: &mut [i32]) {
+    bounds::screen_totals(rows, tokens, totals);
 }

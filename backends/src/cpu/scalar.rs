@@ -1,8 +1,10 @@
 //! Plain Rust: what any processor can run, and what the others are compared with.
 
 use super::{
+    bounds::{self, ScreenRows, TokenTerms},
     linear::T2Rows,
     math::{self, Matrix},
+    screen::{self, Dither},
     stored::LANES,
     tokens::{Pair, Token},
 };
@@ -98,4 +100,22 @@ fn stored_dot(float: StoredFloat, row: &[u32], token: &[f32]) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+pub(super) fn screen_row(
+    float: StoredFloat,
+    words: &[u32],
+    dither: &Dither,
+    x: &mut [f32],
+    codes: &mut [u8],
+) -> [f32; 2] {
+    screen::screen_row(float, words, dither, x, codes)
+}
+
+pub(super) fn screen_bounds(token: TokenTerms, totals: &[i32], steps: &[f32], lengths: &[f32], out: &mut [f32]) {
+    bounds::screen_bounds(token, totals, steps, lengths, out);
+}
+
+pub(super) fn screen_totals(rows: &ScreenRows<'_>, tokens: &[&[i8]], totals: &mut [i32]) {
+    bounds::screen_totals(rows, tokens, totals);
 }

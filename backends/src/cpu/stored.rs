@@ -42,9 +42,21 @@ impl<'a> StoredRows<'a> {
         Ok(Self { words, rows, columns, float })
     }
 
-    fn row(&self, row: usize) -> &'a [u32] {
+    pub(super) fn row(&self, row: usize) -> &'a [u32] {
         let words = self.words.len() / self.rows;
         &self.words[row * words..(row + 1) * words]
+    }
+
+    pub(super) const fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(super) const fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(super) const fn float(&self) -> StoredFloat {
+        self.float
     }
 
     /// Writes a row as floats into `out`, exactly. A row that is not there becomes NaN.
@@ -67,8 +79,49 @@ pub fn stored_linear(
     tokens: usize,
     out: &mut [f32],
 ) -> Result<(), FormatError> {
-    check("values of the tokens", tokens * matrix.columns, x.len())?;
     check("outputs", tokens * matrix.rows, out.len())?;
+    products(kernels, matrix, x, tokens, matrix.rows, &|row| row, out)
+}
+
+/// `out [tokens, rows.len()]`: the products with these rows, with the bits of [`stored_linear`]. A row that is not there
+/// becomes NaN.
+///
+/// # Errors
+/// [`FormatError::Length`] if `x` or `out` does not have the size that goes with `tokens`.
+pub fn stored_linear_at(
+    kernels: Kernels,
+    matrix: &StoredRows<'_>,
+    x: &[f32],
+    tokens: usize,
+    rows: &[Option<usize>],
+    out: &mut [f32],
+) -> Result<(), FormatError> {
+    check("outputs", tokens * rows.len(), out.len())?;
+    let is_there = |row: &Option<usize>| row.is_some_and(|row| row < matrix.rows);
+    if matrix.rows > 0 {
+        // Another row takes the place of one that is not there.
+        let row = |n: usize| rows[n].filter(|row| *row < matrix.rows).unwrap_or(0);
+        products(kernels, matrix, x, tokens, rows.len(), &row, out)?;
+    }
+    if !rows.iter().all(is_there) {
+        for out in out.chunks_exact_mut(rows.len()) {
+            out.iter_mut().zip(rows).filter(|(_, row)| !is_there(row)).for_each(|(out, _)| *out = f32::NAN);
+        }
+    }
+    Ok(())
+}
+
+/// `out [tokens, count]`: product number `n` is with row `row(n)`.
+fn products(
+    kernels: Kernels,
+    matrix: &StoredRows<'_>,
+    x: &[f32],
+    tokens: usize,
+    count: usize,
+    row: &(impl Fn(usize) -> usize + Sync),
+    out: &mut [f32],
+) -> Result<(), FormatError> {
+    check("values of the tokens", tokens * matrix.columns, x.len())?;
     if out.is_empty() || x.is_empty() {
         out.fill(0.0);
         return Ok(());
@@ -76,8 +129,8 @@ pub fn stored_linear(
     let padded = pad(x, matrix.columns);
     let tokens: Vec<&[f32]> = padded.chunks_exact(matrix.columns.next_multiple_of(LANES)).collect();
     let parallel = tasks::is_parallel(out.len() * matrix.columns);
-    let pieces = tasks::pieces(out, matrix.rows, parallel);
-    tasks::run(pieces, parallel, |piece| multiply(kernels, matrix, &tokens, piece));
+    let pieces = tasks::pieces(out, count, parallel);
+    tasks::run(pieces, parallel, |piece| multiply(kernels, matrix, &tokens, row, piece));
     Ok(())
 }
 
@@ -88,7 +141,13 @@ fn pad(x: &[f32], columns: usize) -> Vec<f32> {
     x.chunks_exact(columns).flat_map(padded).collect()
 }
 
-fn multiply(kernels: Kernels, matrix: &StoredRows<'_>, tokens: &[&[f32]], mut piece: Piece<'_>) {
+fn multiply(
+    kernels: Kernels,
+    matrix: &StoredRows<'_>,
+    tokens: &[&[f32]],
+    row_of: &impl Fn(usize) -> usize,
+    mut piece: Piece<'_>,
+) {
     let end = piece.rows();
     for start in (0..end).step_by(ROW_TILE) {
         let tile = start..(start + ROW_TILE).min(end);
@@ -97,7 +156,7 @@ fn multiply(kernels: Kernels, matrix: &StoredRows<'_>, tokens: &[&[f32]], mut pi
                 let count = KERNEL_ROWS.min(tile.end - first);
                 let mut rows = [[].as_slice(); KERNEL_ROWS];
                 for (r, row) in rows[..count].iter_mut().enumerate() {
-                    *row = matrix.row(piece.first + first + r);
+                    *row = matrix.row(row_of(piece.first + first + r));
                 }
                 let mut dots = [0.0; KERNEL_ROWS * KERNEL_TOKENS];
                 let dots = &mut dots[..count * tokens.len()];

@@ -17,6 +17,8 @@ pub use experts::{ClampedSwiGlu, TernaryExperts};
 pub use stopwatch::time_in_operations;
 pub use stored::{StoredFloat, StoredMatrix};
 
+pub use crate::cpu::screen::Screen;
+
 use crate::{
     format::{Rotation, TernaryWeight},
     reference,
@@ -60,6 +62,9 @@ impl ScoreView {
 /// an empty `impl` makes any backend work; a backend overrides what it has a kernel for. Float arguments are `F32`,
 /// shapes have been checked.
 pub trait TernaryBackend: Backend {
+    /// Whether a token's bits never depend on what else is in a batch, in all operations of this trait.
+    const BATCH_INVARIANT: bool = false;
+
     /// See [`ternary_linear`]; `x` is `[tokens, in_features]`.
     #[must_use]
     fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
@@ -111,6 +116,28 @@ pub trait TernaryBackend: Backend {
     #[must_use]
     fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
         reference::stored_linear(x, matrix)
+    }
+
+    /// See [`stored_linear_at`].
+    #[must_use]
+    fn stored_linear_at(
+        x: Tensor<Self, 2>,
+        matrix: &StoredMatrix<Self>,
+        rows: Tensor<Self, 1, Int>,
+    ) -> Tensor<Self, 2> {
+        reference::stored_linear_at(x, matrix, rows)
+    }
+
+    /// See [`screen()`]: none, unless the backend can read the matrix where it lies.
+    #[must_use]
+    fn screen(_matrix: &StoredMatrix<Self>) -> Option<Screen> {
+        None
+    }
+
+    /// See [`screen_bounds`].
+    #[must_use]
+    fn screen_bounds(x: Tensor<Self, 2>, screen: &Screen) -> Tensor<Self, 2> {
+        reference::screen_bounds(x, screen)
     }
 
     /// See [`stored_rows`].
@@ -329,6 +356,44 @@ pub fn stored_linear<B: TernaryBackend>(x: Tensor<B, 2>, matrix: &StoredMatrix<B
     assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
     let dtype = x.dtype();
     restore(timed(|| B::stored_linear(single(x), matrix)), dtype)
+}
+
+/// The products with some rows of a stored matrix alone: `x [tokens, columns]`, `rows [n]`, `[tokens, n]`. Where the CPU
+/// kernels run they have the bits of [`stored_linear`]. A number that is no row gives NaN.
+///
+/// # Panics
+/// If the width of `x` is not the matrix's number of columns.
+#[must_use]
+pub fn stored_linear_at<B: TernaryBackend>(
+    x: Tensor<B, 2>,
+    matrix: &StoredMatrix<B>,
+    rows: Tensor<B, 1, Int>,
+) -> Tensor<B, 2> {
+    assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
+    let dtype = x.dtype();
+    restore(B::stored_linear_at(single(x), matrix, rows), dtype)
+}
+
+/// A copy of a stored matrix in 4 bits a weight, in this machine's memory, that says which rows cannot have a large product:
+/// see [`cpu::screen`](crate::cpu::screen). `None` on a backend that has no kernel for it, where [`stored_linear`] is all
+/// there is. Takes all threads for a while.
+#[must_use]
+pub fn screen<B: TernaryBackend>(matrix: &StoredMatrix<B>) -> Option<Screen> {
+    B::screen(matrix)
+}
+
+/// What each product of `x [tokens, columns]` with a row of the matrix behind `screen` is at most: `[tokens, rows]`.
+///
+/// A product is above its bound with a probability of at most 1.3e-14. That is also the probability that the largest of a
+/// token's products belongs to a row whose bound is below another product: see [`cpu::screen`](crate::cpu::screen). Bounds
+/// are never NaN; a token or a row that could leave the range of floats has infinite ones. No gradients.
+///
+/// # Panics
+/// If the width of `x` is not the screen's number of columns.
+#[must_use]
+pub fn screen_bounds<B: TernaryBackend>(x: Tensor<B, 2>, screen: &Screen) -> Tensor<B, 2> {
+    assert_eq!(x.dims()[1], screen.columns(), "width of x and columns of the screen");
+    B::screen_bounds(single(x), screen)
 }
 
 /// Rows of a stored matrix (an embedding): `ids [n]`, `[n, columns]` in `F32`. An id that is no row gives a row of NaN.

@@ -6,6 +6,7 @@ mod experts;
 mod linear;
 mod routing;
 mod rows;
+mod screen;
 mod stored;
 
 pub(crate) use attention::attention_by;
@@ -14,4 +15,5 @@ pub use experts::{clamped_swiglu, ternary_experts};
 pub use linear::{fake_quantize, magnitude, rotate, rotate_back, round_activations, ternary_linear};
 pub use routing::{rms_norm, route};
 pub use rows::ternary_rows;
-pub use stored::{stored_linear, stored_linear_transposed, stored_rows};
+pub use screen::screen_bounds;
+pub use stored::{stored_linear, stored_linear_at, stored_linear_transposed, stored_rows};

@@ -17,6 +17,19 @@ pub fn stored_linear<B: Backend>(x: Tensor<B, 2>, matrix: &StoredMatrix<B>) -> T
     Tensor::cat(parts, 1)
 }
 
+/// [`stored_linear_at`](crate::stored_linear_at) as a product with the rows as floats.
+#[must_use]
+pub fn stored_linear_at<B: Backend>(
+    x: Tensor<B, 2>,
+    matrix: &StoredMatrix<B>,
+    rows: Tensor<B, 1, Int>,
+) -> Tensor<B, 2> {
+    if rows.dims()[0] == 0 {
+        return Tensor::zeros([x.dims()[0], 0], &x.device());
+    }
+    x.matmul(stored_rows(matrix, rows).transpose())
+}
+
 /// The gradient of [`stored_linear`] for `x`: `grad [tokens, rows]` times the matrix, `[tokens, columns]`.
 #[must_use]
 pub fn stored_linear_transposed<B: Backend>(grad: Tensor<B, 2>, matrix: &StoredMatrix<B>) -> Tensor<B, 2> {

@@ -1,17 +1,24 @@
 //! x86-64 with AVX2, FMA and F16C.
 #![allow(unsafe_code)]
 
+mod screen;
 mod stored;
 mod ternary;
 
+pub(super) use screen::screen_totals;
 pub(super) use stored::stored_dots;
 pub(super) use ternary::t2_totals;
 
 use super::{
+    bounds::{self, TokenTerms},
     math::{self, Matrix},
+    screen::{self as rows, Dither},
     tokens::Pair,
 };
-use crate::{format::Rotation, ops::ClampedSwiGlu};
+use crate::{
+    format::Rotation,
+    ops::{ClampedSwiGlu, StoredFloat},
+};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
@@ -51,4 +58,20 @@ pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride:
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
     math::rms_norm(x, gamma, epsilon, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn screen_row(
+    float: StoredFloat,
+    words: &[u32],
+    dither: &Dither,
+    x: &mut [f32],
+    codes: &mut [u8],
+) -> [f32; 2] {
+    rows::screen_row(float, words, dither, x, codes)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn screen_bounds(token: TokenTerms, totals: &[i32], steps: &[f32], lengths: &[f32], out: &mut [f32]) {
+    bounds::screen_bounds(token, totals, steps, lengths, out);
 }
