@@ -7,7 +7,7 @@ mod ternary;
 pub(super) use stored::stored_dots;
 pub(super) use ternary::t2_totals;
 
-use super::{math, tokens::Pair};
+use super::{math, tokens::Quad};
 use crate::{format::Rotation, ops::ClampedSwiGlu};
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -16,8 +16,8 @@ pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
-    math::quantize(x, rotation, pairs, block_sums)
+pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {
+    math::quantize(x, rotation, quads, block_sums)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
