@@ -2,7 +2,7 @@
 //! that loops become vectors; the operations, and with them the bits, stay the same, for Rust never fuses a multiplication
 //! with an addition on its own.
 
-use super::tokens::{PAIR, Pair};
+use super::tokens::{QUAD, QUAD_BLOCKS, Quad};
 use crate::{
     format::{BLOCK, Rotation, T2_BLOCK_BYTES},
     ops::ClampedSwiGlu,
@@ -18,10 +18,10 @@ const INFINITY_BITS: u32 = 0x7f80_0000;
 /// Largest int8 activation.
 const QMAX: f32 = 127.0;
 
-/// One token to int8 (see [`tokens`](super::tokens)), rotated first where there is a rotation: fills pairs and block sums,
+/// One token to int8 (see [`tokens`](super::tokens)), rotated first where there is a rotation: fills quads and block sums,
 /// returns the scale. `x` holds no meaning afterwards.
 #[inline(always)]
-pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
+pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {
     if let Some(rotation) = rotation {
         rotation.rotate(x);
     }
@@ -29,24 +29,24 @@ pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [P
     let largest = x.iter().fold(0u32, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
     let scale = f32::from_bits(largest) / QMAX;
     if largest >= INFINITY_BITS || scale == 0.0 {
-        pairs.fill(Pair([0; PAIR]));
+        quads.fill(Quad([0; QUAD]));
         block_sums.fill(0);
         return if scale == 0.0 { 0.0 } else { f32::NAN };
     }
     for (b, block) in x.chunks(BLOCK).enumerate() {
         let mut padded = [0.0; BLOCK];
         padded[..block.len()].copy_from_slice(block);
-        block_sums[b] = quantize_block(&padded, scale, &mut pairs[b / 2].0, b % 2);
+        block_sums[b] = quantize_block(&padded, scale, &mut quads[b / QUAD_BLOCKS].0, b % QUAD_BLOCKS);
     }
     scale
 }
 
-/// One block to int8, into the first or second half of a pair; returns the sum of its activations.
+/// One block to int8, into its place in a quad; returns the sum of its activations.
 #[inline(always)]
-fn quantize_block(x: &[f32; BLOCK], scale: f32, pair: &mut [i8; PAIR], half: usize) -> i16 {
+fn quantize_block(x: &[f32; BLOCK], scale: f32, quad: &mut [i8; QUAD], place: usize) -> i16 {
     let mut sum = 0i16;
     for k in 0..4 {
-        let out = &mut pair[32 * k + 16 * half..][..16];
+        let out = &mut quad[64 * k + 16 * place..][..16];
         for (q, x) in out.iter_mut().zip(&x[16 * k..][..16]) {
             let level = (x / scale).clamp(-QMAX, QMAX) + ROUND;
             *q = level.to_bits() as i8;

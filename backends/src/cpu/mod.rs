@@ -15,6 +15,10 @@
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 pub mod bounds;
 pub mod experts;
 mod kv;
@@ -22,6 +26,8 @@ pub mod linear;
 mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dot;
 pub mod routing;
 mod scalar;
 pub mod screen;
@@ -30,6 +36,8 @@ mod tasks;
 mod team;
 pub mod tokens;
 mod view;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use std::fmt;
 
@@ -46,7 +54,7 @@ use bounds::{ScreenRows, TokenTerms};
 use linear::T2Rows;
 use math::Matrix;
 use screen::Dither;
-use tokens::{Pair, Token};
+use tokens::{Quad, Token};
 
 /// An instruction set that has kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,8 +63,14 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// The same with AVX-VNNI.
+    AvxVnni,
+    /// The same with AVX-512 F, BW, VL and VNNI.
+    Avx512,
     /// 64-bit Arm.
     Neon,
+    /// The same with the dot product instructions (FEAT_DotProd).
+    NeonDot,
 }
 
 impl Isa {
@@ -70,16 +84,29 @@ impl Isa {
     #[must_use]
     pub fn available() -> &'static [Self] {
         #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2")
-            && std::arch::is_x86_feature_detected!("fma")
-            && std::arch::is_x86_feature_detected!("f16c")
         {
-            return &[Self::Scalar, Self::Avx2];
+            use std::arch::is_x86_feature_detected as has;
+            let avx2 = has!("avx2") && has!("fma") && has!("f16c");
+            let vnni = avx2 && has!("avxvnni");
+            let avx512 = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512vnni");
+            match (avx2, vnni, avx512) {
+                (_, true, true) => &[Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512],
+                (_, false, true) => &[Self::Scalar, Self::Avx2, Self::Avx512],
+                (_, true, false) => &[Self::Scalar, Self::Avx2, Self::AvxVnni],
+                (true, ..) => &[Self::Scalar, Self::Avx2],
+                _ => &[Self::Scalar],
+            }
         }
         #[cfg(target_arch = "aarch64")]
-        if std::arch::is_aarch64_feature_detected!("neon") {
-            return &[Self::Scalar, Self::Neon];
+        {
+            use std::arch::is_aarch64_feature_detected as has;
+            match (has!("neon"), has!("dotprod")) {
+                (true, true) => &[Self::Scalar, Self::Neon, Self::NeonDot],
+                (true, false) => &[Self::Scalar, Self::Neon],
+                _ => &[Self::Scalar],
+            }
         }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         &[Self::Scalar]
     }
 }
@@ -89,7 +116,10 @@ impl fmt::Display for Isa {
         f.write_str(match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
+            Self::Avx512 => "avx512",
             Self::Neon => "neon",
+            Self::NeonDot => "neon-dot",
         })
     }
 }
@@ -109,9 +139,21 @@ macro_rules! dispatch {
             #[allow(unsafe_code)]
             Isa::Avx2 => unsafe { avx2::$function($($argument),*) },
             // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Isa::AvxVnni => unsafe { avxvnni::$function($($argument),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Isa::Avx512 => unsafe { avx512::$function($($argument),*) },
+            // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
             #[allow(unsafe_code)]
             Isa::Neon => unsafe { neon::$function($($argument),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            #[allow(unsafe_code)]
+            Isa::NeonDot => unsafe { neon_dot::$function($($argument),*) },
             _ => scalar::$function($($argument),*),
         }
     };
@@ -147,8 +189,8 @@ impl Kernels {
     }
 
     /// One token to int8: see [`tokens`].
-    fn quantize(self, x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
-        dispatch!(self, quantize(x, rotation, pairs, block_sums))
+    fn quantize(self, x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {
+        dispatch!(self, quantize(x, rotation, quads, block_sums))
     }
 
     /// The gate over one token: `gate_up` holds gate and up in turn and is twice as long as `out`.

@@ -1,4 +1,4 @@
-//! 64-bit Arm with the NEON that every such processor has (no dot product instructions).
+//! 64-bit Arm with the NEON that every such processor has (no dot product instructions; those are used in [`neon_dot`](super::neon_dot)).
 //!
 //! `smlal` multiplies codes (trit + 1) with activations into 16-bit sums, which are widened every 16 blocks, or every block
 //! where blocks have scales; the surplus of +1 a weight is taken off once a row, with the sums of the activations.
@@ -12,7 +12,7 @@ use super::{
     math::{self, Matrix},
     screen::{self, Dither},
     stored::{KERNEL_TOKENS, LANES},
-    tokens::{Pair, Token},
+    tokens::{QUAD_BLOCKS, Quad, Token},
 };
 use crate::{
     format::{Rotation, T2_BLOCK_BYTES},
@@ -59,7 +59,7 @@ fn tokens_tile<const T: usize, const SCALED: bool>(rows: &T2Rows<'_>, row: usize
             let quarters = take_apart(block);
             for t in 0..T {
                 let start = if SCALED { vdupq_n_s16(0) } else { words[t] };
-                words[t] = add_block(start, quarters, &tokens[t].pairs[b / 2], b % 2);
+                words[t] = add_block(start, quarters, &tokens[t].quads[b / QUAD_BLOCKS], b % QUAD_BLOCKS);
                 if SCALED {
                     sums[t] = vmlaq_n_s32(sums[t], vpaddlq_s16(words[t]), i32::from(scales[b]));
                 }
@@ -76,7 +76,7 @@ fn tokens_tile<const T: usize, const SCALED: bool>(rows: &T2Rows<'_>, row: usize
 
 /// What codes of 1 everywhere would sum to. Both slices are padded with zeros.
 #[inline]
-fn surplus<const SCALED: bool>(scales: &[u8], block_sums: &[i16]) -> i32 {
+pub(super) fn surplus<const SCALED: bool>(scales: &[u8], block_sums: &[i16]) -> i32 {
     if SCALED {
         let products = scales.iter().zip(block_sums).map(|(scale, sum)| i32::from(*scale) * i32::from(*sum));
         products.fold(0, i32::wrapping_add)
@@ -88,7 +88,7 @@ fn surplus<const SCALED: bool>(scales: &[u8], block_sums: &[i16]) -> i32 {
 /// The codes of a block as four vectors of 16 weights.
 #[inline]
 #[target_feature(enable = "neon")]
-fn take_apart(block: &[u8]) -> [int8x16_t; 4] {
+pub(super) fn take_apart(block: &[u8]) -> [int8x16_t; 4] {
     let block = &block[..T2_BLOCK_BYTES];
     // SAFETY: the slice has 16 bytes.
     let codes = unsafe { vld1q_u8(block.as_ptr()) };
@@ -103,9 +103,9 @@ fn take_apart(block: &[u8]) -> [int8x16_t; 4] {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn add_block(mut sum: int16x8_t, quarters: [int8x16_t; 4], pair: &Pair, half: usize) -> int16x8_t {
+fn add_block(mut sum: int16x8_t, quarters: [int8x16_t; 4], quad: &Quad, place: usize) -> int16x8_t {
     for (k, codes) in quarters.into_iter().enumerate() {
-        let activations = &pair.0[32 * k + 16 * half..][..16];
+        let activations = &quad.0[64 * k + 16 * place..][..16];
         // SAFETY: the slice has 16 bytes.
         let activations = unsafe { vld1q_s8(activations.as_ptr()) };
         sum = vmlal_s8(sum, vget_low_s8(codes), vget_low_s8(activations));
@@ -120,8 +120,8 @@ pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
 }
 
 #[target_feature(enable = "neon")]
-pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
-    math::quantize(x, rotation, pairs, block_sums)
+pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {
+    math::quantize(x, rotation, quads, block_sums)
 }
 
 #[target_feature(enable = "neon")]

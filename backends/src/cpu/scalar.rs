@@ -6,7 +6,7 @@ use super::{
     math::{self, Matrix},
     screen::{self, Dither},
     stored::LANES,
-    tokens::{Pair, Token},
+    tokens::{QUAD_BLOCKS, Quad, Token},
 };
 use crate::{
     format::Rotation,
@@ -29,10 +29,10 @@ pub(super) fn t2_totals(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i
 
 /// Codes (not trits) of a block times activations.
 fn block_dot(words: &[u32], token: &Token<'_>, block: usize) -> i32 {
-    let pair = &token.pairs[block / 2].0;
+    let quad = &token.quads[block / QUAD_BLOCKS].0;
     let mut dot = 0;
     for k in 0..4 {
-        let activations = &pair[32 * k + 16 * (block % 2)..][..16];
+        let activations = &quad[64 * k + 16 * (block % QUAD_BLOCKS)..][..16];
         for (j, q) in activations.iter().enumerate() {
             let code = (words[j / 4] >> (8 * (j % 4) + 2 * k)) & 3;
             dot += code as i32 * i32::from(*q);
@@ -45,8 +45,8 @@ pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
     math::t5_to_t2(t5, in_features, t2);
 }
 
-pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
-    math::quantize(x, rotation, pairs, block_sums)
+pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {
+    math::quantize(x, rotation, quads, block_sums)
 }
 
 pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {

@@ -1,20 +1,24 @@
 //! Activations as int8, in the order the ternary kernels read them.
 //!
-//! A token is cut into pairs of blocks of 64, zero-padded. Within a pair the bytes are in the order in which two t2 blocks,
-//! side by side in a 256-bit register, give up their weights (`k` is the shift, see [`format`](crate::format)):
+//! A token is cut into quads of blocks of 64, zero-padded. Within a quad the bytes are in the order in which four t2 blocks,
+//! side by side in a register, give up their weights (`k` is the shift, see [`format`](crate::format)):
 //!
 //! ```text
-//! byte 32k + j       (j < 16)   activation 16k + j of the first block
-//! byte 32k + 16 + j             activation 16k + j of the second block
+//! byte 64k + 16b + j    (j < 16)   activation 16k + j of block b
 //! ```
+//!
+//! So a register of one, two or four blocks finds the activations of a quarter of its weights in one place.
 
 use rayon::prelude::*;
 
 use super::Kernels;
 use crate::format::{BLOCK, Rotation};
 
-/// Activations in a pair of blocks.
-pub(super) const PAIR: usize = 2 * BLOCK;
+/// Blocks in a quad.
+pub(super) const QUAD_BLOCKS: usize = 4;
+
+/// Activations in a quad of blocks.
+pub(super) const QUAD: usize = QUAD_BLOCKS * BLOCK;
 
 /// Block sums are padded to a multiple of this many, so that they can be loaded whole.
 pub(super) const SUM_LANES: usize = 16;
@@ -25,10 +29,10 @@ const PARALLEL_ELEMENTS: usize = 1 << 18;
 /// Numbers that a task of [`round_tokens`] should have at least.
 const TASK_ELEMENTS: usize = 1 << 14;
 
-/// The int8 activations of two blocks, on a cache line boundary.
+/// The int8 activations of four blocks, on a cache line boundary.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Pair(pub(super) [i8; PAIR]);
+pub(super) struct Quad(pub(super) [i8; QUAD]);
 
 /// Tokens rounded to int8 with one scale each: `s = max|x| / 127`, `q = clamp(round_half_even(x / s), -127, 127)`.
 ///
@@ -37,7 +41,7 @@ pub(super) struct Pair(pub(super) [i8; PAIR]);
 #[derive(Debug, Clone)]
 pub struct Tokens {
     in_features: usize,
-    pairs: Vec<Pair>,
+    quads: Vec<Quad>,
     block_sums: Vec<i16>,
     scales: Vec<f32>,
 }
@@ -46,7 +50,7 @@ pub struct Tokens {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Token<'a> {
     /// The activations.
-    pub(super) pairs: &'a [Pair],
+    pub(super) quads: &'a [Quad],
     /// Sum of each block's activations, padded with zeros to a multiple of [`SUM_LANES`].
     pub(super) block_sums: &'a [i16],
     /// What an activation of 1 stands for.
@@ -56,7 +60,7 @@ pub(super) struct Token<'a> {
 /// One token to be quantized, and where it goes.
 struct Work<'a> {
     x: &'a [f32],
-    pairs: &'a mut [Pair],
+    quads: &'a mut [Quad],
     sums: &'a mut [i16],
     scale: &'a mut f32,
 }
@@ -68,7 +72,7 @@ impl Tokens {
         let tokens = x.len().checked_div(in_features).unwrap_or(0);
         let mut this = Self {
             in_features,
-            pairs: vec![Pair([0; PAIR]); tokens * pairs(in_features)],
+            quads: vec![Quad([0; QUAD]); tokens * quads(in_features)],
             block_sums: vec![0; tokens * sums(in_features)],
             scales: vec![0.0; tokens],
         };
@@ -77,13 +81,13 @@ impl Tokens {
         }
         let scales = this.scales.iter_mut();
         let parts =
-            this.pairs.chunks_exact_mut(pairs(in_features)).zip(this.block_sums.chunks_exact_mut(sums(in_features)));
+            this.quads.chunks_exact_mut(quads(in_features)).zip(this.block_sums.chunks_exact_mut(sums(in_features)));
         let work = x.chunks_exact(in_features).zip(parts).zip(scales);
-        let mut work: Vec<Work<'_>> = work.map(|((x, (pairs, sums)), scale)| Work { x, pairs, sums, scale }).collect();
+        let mut work: Vec<Work<'_>> = work.map(|((x, (quads, sums)), scale)| Work { x, quads, sums, scale }).collect();
         let quantize = |scratch: &mut Vec<f32>, work: &mut Work<'_>| {
             scratch.clear();
             scratch.extend_from_slice(work.x);
-            *work.scale = kernels.quantize(scratch, rotation, work.pairs, work.sums);
+            *work.scale = kernels.quantize(scratch, rotation, work.quads, work.sums);
         };
         if x.len() < PARALLEL_ELEMENTS || rayon::current_num_threads() == 1 {
             let mut scratch = Vec::with_capacity(in_features);
@@ -113,18 +117,18 @@ impl Tokens {
     }
 
     pub(super) fn token(&self, token: usize) -> Token<'_> {
-        let (pairs, sums) = (pairs(self.in_features), sums(self.in_features));
+        let (quads, sums) = (quads(self.in_features), sums(self.in_features));
         Token {
-            pairs: &self.pairs[token * pairs..(token + 1) * pairs],
+            quads: &self.quads[token * quads..(token + 1) * quads],
             block_sums: &self.block_sums[token * sums..(token + 1) * sums],
             scale: self.scales[token],
         }
     }
 }
 
-/// Pairs of blocks in a row.
-pub(super) const fn pairs(in_features: usize) -> usize {
-    in_features.div_ceil(PAIR)
+/// Quads of blocks in a row.
+pub(super) const fn quads(in_features: usize) -> usize {
+    in_features.div_ceil(QUAD)
 }
 
 /// Block sums, or block scales, of a row with their padding.

@@ -13,7 +13,7 @@ use super::{
     bounds::{self, TokenTerms},
     math::{self, Matrix},
     screen::{self as rows, Dither},
-    tokens::Pair,
+    tokens::Quad,
 };
 use crate::{
     format::Rotation,
@@ -26,8 +26,8 @@ pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, pairs: &mut [Pair], block_sums: &mut [i16]) -> f32 {
-    math::quantize(x, rotation, pairs, block_sums)
+pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {
+    math::quantize(x, rotation, quads, block_sums)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

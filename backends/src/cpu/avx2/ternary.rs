@@ -8,27 +8,31 @@ use std::arch::x86_64::*;
 
 use super::super::{
     linear::T2Rows,
-    tokens::{Pair, Token},
+    tokens::{QUAD, QUAD_BLOCKS, SUM_LANES, Token},
 };
 
-/// Pairs of blocks between two visits to the 32-bit sums, as many as 16 bits can take:
-/// 8 pairs * 4 (the weight of the upper codes) * 2 (codes a byte pair) * 2 * 2 (code) * 127 = 32,512.
-const CHUNK: usize = 8;
-
-/// Blocks in a chunk, and block scales in a register.
-const CHUNK_BLOCKS: usize = 2 * CHUNK;
+/// Quads of blocks between two visits to the 32-bit sums, as many as 16 bits can take:
+/// 4 quads * 2 loads * 4 (the weight of the upper codes) * 2 (codes a byte pair) * 2 * 2 (code) * 127 = 32,512.
+const CHUNK: usize = 4;
 
 /// Rows that share the loads of one token's activations.
 const GEMV_ROWS: usize = 4;
 
-/// For each pair of a chunk: picks its two block scales out of 16, one into each half, as 16-bit numbers.
-static PICK_SCALES: [[u8; 32]; CHUNK] = pick_scales();
+/// Tokens that share a row's codes, once they are taken apart.
+const TOKENS: usize = 4;
 
-const fn pick_scales() -> [[u8; 32]; CHUNK] {
+/// How far ahead codes are fetched: rows lie one after the other, but are read side by side, which the processor's own
+/// prefetcher does not recognize.
+const AHEAD: usize = 5 * 1024;
+
+/// For each load of a chunk: picks its two block scales out of 16, one into each half, as 16-bit numbers.
+static PICK_SCALES: [[u8; 32]; 2 * CHUNK] = pick_scales();
+
+const fn pick_scales() -> [[u8; 32]; 2 * CHUNK] {
     // A set top bit makes `vpshufb` write a zero.
-    let mut picks = [[0x80; 32]; CHUNK];
+    let mut picks = [[0x80; 32]; 2 * CHUNK];
     let mut i = 0;
-    while i < CHUNK * 16 {
+    while i < 2 * CHUNK * 16 {
         let (pair, lane) = (i / 16, i % 16);
         picks[pair][2 * lane] = (2 * pair + lane / 8) as u8;
         i += 1;
@@ -38,10 +42,14 @@ const fn pick_scales() -> [[u8; 32]; CHUNK] {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in crate::cpu) fn t2_totals(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
+    let count = totals.len() / tokens.len().max(1);
     // What the unchecked loads below rely on.
+    assert!(rows.codes.len() >= count * 4 * rows.blocks, "codes of the rows");
+    let padded = rows.blocks.next_multiple_of(SUM_LANES);
+    assert!(rows.scales.is_none_or(|scales| scales.len() >= count * padded), "scales of the rows");
     for token in tokens {
-        assert!(token.pairs.len() >= rows.blocks.div_ceil(2), "activations of a token");
-        assert!(token.block_sums.len() >= rows.blocks.next_multiple_of(CHUNK_BLOCKS), "sums of a token");
+        assert!(token.quads.len() >= rows.blocks.div_ceil(QUAD_BLOCKS), "activations of a token");
+        assert!(token.block_sums.len() >= padded, "sums of a token");
     }
     match (tokens, rows.scales) {
         ([], _) => {}
@@ -54,57 +62,83 @@ pub(in crate::cpu) fn t2_totals(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals:
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn one_token<const SCALED: bool>(rows: &T2Rows<'_>, token: &Token<'_>, totals: &mut [i32]) {
+    let surplus = if SCALED { 0 } else { sum(token) };
     let mut quads = totals.chunks_exact_mut(GEMV_ROWS);
     let mut row = 0;
     for quad in quads.by_ref() {
-        row_tile::<GEMV_ROWS, SCALED>(rows, row, token, quad);
+        // SAFETY: `t2_totals` has checked the lengths for all rows.
+        let products = unsafe { row_tile::<GEMV_ROWS, SCALED>(rows, row, token) };
+        quad.iter_mut().zip(products).for_each(|(total, product)| *total = product - surplus);
         row += GEMV_ROWS;
     }
-    for total in quads.into_remainder().chunks_exact_mut(1) {
-        row_tile::<1, SCALED>(rows, row, token, total);
+    for total in quads.into_remainder() {
+        // SAFETY: as above.
+        *total = unsafe { row_tile::<1, SCALED>(rows, row, token)[0] } - surplus;
         row += 1;
     }
 }
 
-/// `R` rows times one token, `totals[row]`.
+/// What codes of 1 everywhere would sum to.
+fn sum(token: &Token<'_>) -> i32 {
+    token.block_sums.iter().map(|sum| i32::from(*sum)).sum()
+}
+
+/// `R` rows times one token; without scales the codes' products, surplus included.
+///
+/// # Safety
+/// The rows must have their words and, if `SCALED`, their padded scales; the token its activations and padded sums.
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn row_tile<const R: usize, const SCALED: bool>(
-    rows: &T2Rows<'_>,
-    first: usize,
-    token: &Token<'_>,
-    totals: &mut [i32],
-) {
+unsafe fn row_tile<const R: usize, const SCALED: bool>(rows: &T2Rows<'_>, first: usize, token: &Token<'_>) -> [i32; R] {
     let zero = _mm256_setzero_si256();
-    let mut codes = [[].as_slice(); R];
-    for (r, codes) in codes.iter_mut().enumerate() {
-        *codes = rows.row(first + r);
-    }
-    let (mut sums, mut surplus) = ([zero; R], [zero; R]);
-    for chunk in 0..rows.blocks.div_ceil(CHUNK_BLOCKS) {
+    let (bytes, padded) = (16 * rows.blocks, rows.blocks.next_multiple_of(SUM_LANES));
+    let codes = rows.codes.as_ptr().cast::<u8>().wrapping_add(first * bytes);
+    let scales = rows.scales.unwrap_or(&[]).as_ptr().wrapping_add(first * padded);
+    let activations = token.quads.as_ptr().cast::<i8>();
+    let whole = rows.blocks / QUAD_BLOCKS;
+    let mut sums = [zero; R];
+    for start in (0..rows.blocks.div_ceil(QUAD_BLOCKS)).step_by(CHUNK) {
         let mut part = RowPart { low: [zero; R], high: [zero; R], scales: [zero; R] };
-        let block_sums = load_sums(token, chunk);
-        for r in 0..R {
-            let scales = load_scales::<SCALED>(rows, first + r, chunk);
-            part.scales[r] = _mm256_broadcastsi128_si256(scales);
-            let products = _mm256_madd_epi16(block_sums, _mm256_cvtepu8_epi16(scales));
-            surplus[r] = _mm256_add_epi32(surplus[r], products);
-        }
-        let pairs = chunk * CHUNK..(chunk * CHUNK + CHUNK).min(rows.blocks / 2);
-        for p in pairs.clone() {
-            let mut words = [zero; R];
-            for r in 0..R {
-                // SAFETY: p < blocks / 2, and a row has 4 words a block.
-                words[r] = unsafe { load_pair(codes[r], p) };
+        if SCALED {
+            // SAFETY: scales and sums are padded to whole chunks.
+            unsafe {
+                let block_sums = _mm256_loadu_si256(token.block_sums.as_ptr().add(QUAD_BLOCKS * start).cast());
+                for r in 0..R {
+                    let scales = _mm_loadu_si128(scales.add(r * padded + QUAD_BLOCKS * start).cast());
+                    part.scales[r] = _mm256_broadcastsi128_si256(scales);
+                    let surplus = _mm256_madd_epi16(block_sums, _mm256_cvtepu8_epi16(scales));
+                    sums[r] = _mm256_sub_epi32(sums[r], _mm256_slli_epi32::<2>(surplus));
+                }
             }
-            // SAFETY: a token has at least blocks / 2 pairs, asserted on entry.
-            part.add::<SCALED>(words, unsafe { token.pairs.get_unchecked(p) }, p % CHUNK);
         }
-        if pairs.end < chunk * CHUNK + CHUNK && 2 * pairs.end < rows.blocks {
-            let mut words = [zero; R];
-            for r in 0..R {
-                words[r] = load_last(codes[r]);
+        let end = (start + CHUNK).min(whole);
+        for q in start..end {
+            for half in 0..2 {
+                for line in 0..R / 2 {
+                    let at = R * (64 * q + 32 * half) + 64 * line;
+                    _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(at + AHEAD).cast());
+                }
+                let mut words = [zero; R];
+                for r in 0..R {
+                    // SAFETY: a row has `whole` quads.
+                    words[r] = unsafe { _mm256_loadu_si256(codes.add(r * bytes + 64 * q + 32 * half).cast()) };
+                }
+                // SAFETY: the token has as many.
+                let activations = unsafe { quarters(activations.add(QUAD * q + 32 * half)) };
+                part.add::<SCALED>(words, activations, 2 * (q - start) + half);
             }
-            part.add::<SCALED>(words, &token.pairs[pairs.end], pairs.end % CHUNK);
+        }
+        if end < start + CHUNK {
+            for half in 0..(rows.blocks % QUAD_BLOCKS).div_ceil(2) {
+                let mut words = [zero; R];
+                for r in 0..R {
+                    // SAFETY: so many blocks of a row are left.
+                    words[r] = unsafe { load_rest(codes.add(r * bytes + 64 * end + 32 * half), rows.blocks, half) };
+                }
+                // SAFETY: the activations are padded to whole quads.
+                let activations = unsafe { quarters(activations.add(QUAD * end + 32 * half)) };
+                part.add::<SCALED>(words, activations, 2 * (end - start) + half);
+            }
         }
         for r in 0..R {
             let (one, four) = (_mm256_set1_epi16(1), _mm256_set1_epi16(4));
@@ -113,9 +147,7 @@ fn row_tile<const R: usize, const SCALED: bool>(
             sums[r] = _mm256_add_epi32(sums[r], _mm256_add_epi32(low, high));
         }
     }
-    for r in 0..R {
-        totals[r] = add_lanes(_mm256_sub_epi32(_mm256_srai_epi32::<2>(sums[r]), surplus[r]));
-    }
+    add_lanes(sums.map(|sum| _mm256_srai_epi32::<2>(sum)))
 }
 
 /// The sums of a chunk of `R` rows. With scales, `low` holds four times the 32-bit sums; without, 16-bit sums of the codes at
@@ -129,14 +161,14 @@ struct RowPart<const R: usize> {
 impl<const R: usize> RowPart<R> {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn add<const SCALED: bool>(&mut self, codes: [__m256i; R], pair: &Pair, i: usize) {
+    fn add<const SCALED: bool>(&mut self, codes: [__m256i; R], activations: [__m256i; 4], i: usize) {
         let (at_0, at_2) = (_mm256_set1_epi8(0b0011), _mm256_set1_epi8(0b1100));
         for r in 0..R {
             let upper = _mm256_srli_epi16::<4>(codes[r]);
-            let m0 = _mm256_maddubs_epi16(_mm256_and_si256(codes[r], at_0), quarter(pair, 0));
-            let m1 = _mm256_maddubs_epi16(_mm256_and_si256(codes[r], at_2), quarter(pair, 1));
-            let m2 = _mm256_maddubs_epi16(_mm256_and_si256(upper, at_0), quarter(pair, 2));
-            let m3 = _mm256_maddubs_epi16(_mm256_and_si256(upper, at_2), quarter(pair, 3));
+            let m0 = _mm256_maddubs_epi16(_mm256_and_si256(codes[r], at_0), activations[0]);
+            let m1 = _mm256_maddubs_epi16(_mm256_and_si256(codes[r], at_2), activations[1]);
+            let m2 = _mm256_maddubs_epi16(_mm256_and_si256(upper, at_0), activations[2]);
+            let m3 = _mm256_maddubs_epi16(_mm256_and_si256(upper, at_2), activations[3]);
             let (low, high) = (_mm256_add_epi16(m0, m2), _mm256_add_epi16(m1, m3));
             if SCALED {
                 let both = _mm256_add_epi16(high, _mm256_slli_epi16::<2>(low));
@@ -152,163 +184,189 @@ impl<const R: usize> RowPart<R> {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn some_tokens<const SCALED: bool>(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
-    for (row, totals) in totals.chunks_exact_mut(tokens.len()).enumerate() {
+    // SAFETY: `t2_totals` has checked the lengths for all rows and tokens.
+    let tile = |row: usize, tokens: &[Token<'_>], totals: &mut [i32]| unsafe {
         match tokens.len() {
-            1 => row_tile::<1, SCALED>(rows, row, &tokens[0], totals),
+            1 => token_tile::<1, SCALED>(rows, row, tokens, totals),
             2 => token_tile::<2, SCALED>(rows, row, tokens, totals),
             3 => token_tile::<3, SCALED>(rows, row, tokens, totals),
-            4 => token_tile::<4, SCALED>(rows, row, tokens, totals),
-            5 => token_tile::<5, SCALED>(rows, row, tokens, totals),
-            6 => token_tile::<6, SCALED>(rows, row, tokens, totals),
-            7 => token_tile::<7, SCALED>(rows, row, tokens, totals),
-            _ => token_tile::<8, SCALED>(rows, row, tokens, totals),
+            _ => token_tile::<TOKENS, SCALED>(rows, row, tokens, totals),
+        }
+    };
+    for (row, totals) in totals.chunks_exact_mut(tokens.len()).enumerate() {
+        for (tokens, totals) in tokens.chunks(TOKENS).zip(totals.chunks_mut(TOKENS)) {
+            tile(row, tokens, totals);
+        }
+    }
+    if !SCALED {
+        for (t, token) in tokens.iter().enumerate() {
+            let surplus = sum(token);
+            totals.iter_mut().skip(t).step_by(tokens.len()).for_each(|total| *total -= surplus);
         }
     }
 }
 
-/// One row times `T` tokens, `totals[token]`: the codes are taken apart once.
+/// One row times `T` tokens, `totals[token]`: the codes are taken apart once. Without scales the surplus is included.
+///
+/// # Safety
+/// As for [`row_tile`].
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn token_tile<const T: usize, const SCALED: bool>(
+unsafe fn token_tile<const T: usize, const SCALED: bool>(
     rows: &T2Rows<'_>,
     row: usize,
     tokens: &[Token<'_>],
     totals: &mut [i32],
 ) {
     let zero = _mm256_setzero_si256();
-    let codes = rows.row(row);
-    let mut pairs = [[].as_slice(); T];
-    for (pairs, token) in pairs.iter_mut().zip(tokens) {
-        *pairs = token.pairs;
-    }
-    let (mut sums, mut surplus) = ([zero; T], [zero; T]);
-    for chunk in 0..rows.blocks.div_ceil(CHUNK_BLOCKS) {
-        let scales = load_scales::<SCALED>(rows, row, chunk);
-        let spread = _mm256_broadcastsi128_si256(scales);
+    let (bytes, padded) = (16 * rows.blocks, rows.blocks.next_multiple_of(SUM_LANES));
+    let codes = rows.codes.as_ptr().cast::<u8>().wrapping_add(row * bytes);
+    let scales = rows.scales.unwrap_or(&[]).as_ptr().wrapping_add(row * padded);
+    let activations: [*const i8; T] = std::array::from_fn(|t| tokens[t].quads.as_ptr().cast());
+    let whole = rows.blocks / QUAD_BLOCKS;
+    let mut sums = [zero; T];
+    for start in (0..rows.blocks.div_ceil(QUAD_BLOCKS)).step_by(CHUNK) {
+        let mut spread = zero;
+        if SCALED {
+            // SAFETY: scales are padded to whole chunks.
+            spread = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(scales.add(QUAD_BLOCKS * start).cast())) };
+        }
         let mut part = [zero; T];
-        let range = chunk * CHUNK..(chunk * CHUNK + CHUNK).min(rows.blocks / 2);
-        for p in range.clone() {
-            // SAFETY: p < blocks / 2, and a row has 4 words a block.
-            let quarters = take_apart(unsafe { load_pair(codes, p) });
-            for t in 0..T {
-                // SAFETY: a token has at least blocks / 2 pairs, asserted on entry.
-                let pair = unsafe { pairs[t].get_unchecked(p) };
-                part[t] = add_pair::<SCALED>(part[t], quarters, pair, spread, p % CHUNK);
+        let end = (start + CHUNK).min(whole);
+        for q in start..end {
+            for half in 0..2 {
+                // SAFETY: a row has `whole` quads, a token as many.
+                unsafe {
+                    let words = _mm256_loadu_si256(codes.add(64 * q + 32 * half).cast());
+                    let at = activations.map(|from| from.add(QUAD * q + 32 * half));
+                    add_words::<T, SCALED>(&mut part, words, at, spread, 2 * (q - start) + half);
+                }
             }
         }
-        if range.end < chunk * CHUNK + CHUNK && 2 * range.end < rows.blocks {
-            let quarters = take_apart(load_last(codes));
-            for t in 0..T {
-                part[t] = add_pair::<SCALED>(part[t], quarters, &pairs[t][range.end], spread, range.end % CHUNK);
+        if end < start + CHUNK {
+            for half in 0..(rows.blocks % QUAD_BLOCKS).div_ceil(2) {
+                // SAFETY: so many blocks of a row are left, and the activations are padded to whole quads.
+                unsafe {
+                    let words = load_rest(codes.add(64 * end + 32 * half), rows.blocks, half);
+                    let at = activations.map(|from| from.add(QUAD * end + 32 * half));
+                    add_words::<T, SCALED>(&mut part, words, at, spread, 2 * (end - start) + half);
+                }
             }
         }
-        let scales = _mm256_cvtepu8_epi16(scales);
         for t in 0..T {
             let part = if SCALED { part[t] } else { _mm256_madd_epi16(part[t], _mm256_set1_epi16(1)) };
             sums[t] = _mm256_add_epi32(sums[t], part);
-            let products = _mm256_madd_epi16(load_sums(&tokens[t], chunk), scales);
-            surplus[t] = _mm256_add_epi32(surplus[t], products);
         }
     }
     for t in 0..T {
-        totals[t] = add_lanes(_mm256_sub_epi32(sums[t], surplus[t]));
+        let surplus = if SCALED {
+            // SAFETY: scales and sums are padded alike.
+            unsafe { scaled_surplus(scales, &tokens[t].block_sums[..padded]) }
+        } else {
+            zero
+        };
+        sums[t] = _mm256_sub_epi32(sums[t], surplus);
     }
+    totals.copy_from_slice(&add_lanes(sums));
 }
 
-/// The four weights of each byte.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn take_apart(codes: __m256i) -> [__m256i; 4] {
-    let mask = _mm256_set1_epi8(3);
-    [
-        _mm256_and_si256(codes, mask),
-        _mm256_and_si256(_mm256_srli_epi16::<2>(codes), mask),
-        _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask),
-        _mm256_and_si256(_mm256_srli_epi16::<6>(codes), mask),
-    ]
-}
-
-/// Adds a pair of blocks to 32-bit sums, times their scales, or to 16-bit sums.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_pair<const SCALED: bool>(sum: __m256i, codes: [__m256i; 4], pair: &Pair, spread: __m256i, i: usize) -> __m256i {
-    let m0 = _mm256_maddubs_epi16(codes[0], quarter(pair, 0));
-    let m1 = _mm256_maddubs_epi16(codes[1], quarter(pair, 1));
-    let m2 = _mm256_maddubs_epi16(codes[2], quarter(pair, 2));
-    let m3 = _mm256_maddubs_epi16(codes[3], quarter(pair, 3));
-    let all = _mm256_add_epi16(_mm256_add_epi16(m0, m1), _mm256_add_epi16(m2, m3));
-    if SCALED {
-        let scale = _mm256_shuffle_epi8(spread, pick(i));
-        _mm256_add_epi32(sum, _mm256_madd_epi16(all, scale))
-    } else {
-        _mm256_add_epi16(sum, all)
-    }
-}
-
-/// The codes of a pair of blocks.
+/// What codes of 1 everywhere would sum to.
 ///
 /// # Safety
-/// The row must have at least `8 * pair + 8` words.
+/// There must be as many scales as sums, a multiple of 16.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn load_pair(row: &[u32], pair: usize) -> __m256i {
-    debug_assert!(row.len() >= 8 * pair + 8);
+unsafe fn scaled_surplus(scales: *const u8, block_sums: &[i16]) -> __m256i {
+    let mut surplus = _mm256_setzero_si256();
+    for at in (0..block_sums.len()).step_by(SUM_LANES) {
+        // SAFETY: 16 sums lie there, and by the caller's promise as many scales.
+        unsafe {
+            let scales = _mm256_cvtepu8_epi16(_mm_loadu_si128(scales.add(at).cast()));
+            let sums = _mm256_loadu_si256(block_sums.as_ptr().add(at).cast());
+            surplus = _mm256_add_epi32(surplus, _mm256_madd_epi16(scales, sums));
+        }
+    }
+    surplus
+}
+
+/// Adds two blocks to 32-bit sums, times their scales, or to 16-bit sums.
+///
+/// # Safety
+/// The activations of two blocks of a quad must lie at all of `from`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn add_words<const T: usize, const SCALED: bool>(
+    sums: &mut [__m256i; T],
+    words: __m256i,
+    from: [*const i8; T],
+    spread: __m256i,
+    i: usize,
+) {
+    let shifted = [words, _mm256_srli_epi16::<2>(words), _mm256_srli_epi16::<4>(words), _mm256_srli_epi16::<6>(words)];
+    let mut all = if SCALED { [_mm256_setzero_si256(); T] } else { *sums };
+    for (k, shifted) in shifted.into_iter().enumerate() {
+        let codes = _mm256_and_si256(shifted, _mm256_set1_epi8(3));
+        for t in 0..T {
+            // SAFETY: the caller's promise; quads start at multiples of 64.
+            let activations = unsafe { _mm256_load_si256(from[t].add(64 * k).cast()) };
+            all[t] = _mm256_add_epi16(all[t], _mm256_maddubs_epi16(codes, activations));
+        }
+    }
+    let scale = _mm256_shuffle_epi8(spread, pick(i));
+    for t in 0..T {
+        sums[t] = if SCALED { _mm256_add_epi32(sums[t], _mm256_madd_epi16(all[t], scale)) } else { all[t] };
+    }
+}
+
+/// The activations of two blocks in the order of their codes.
+///
+/// # Safety
+/// The two blocks of a quad must lie there.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn quarters(from: *const i8) -> [__m256i; 4] {
+    // SAFETY: the caller's promise; quads start at multiples of 64.
+    [0, 64, 128, 192].map(|k| unsafe { _mm256_load_si256(from.add(k).cast()) })
+}
+
+/// Half of the last quad of a row of so many blocks, no multiple of 4: two blocks, or one and zeros.
+///
+/// # Safety
+/// What the row has of it must lie there, at least one block.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn load_rest(from: *const u8, blocks: usize, half: usize) -> __m256i {
     // SAFETY: the caller's promise.
-    unsafe { _mm256_loadu_si256(row.as_ptr().add(8 * pair).cast()) }
-}
-
-/// The codes of the last of an odd number of blocks, and zeros.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn load_last(row: &[u32]) -> __m256i {
-    let block = &row[row.len() - 4..];
-    // SAFETY: the slice has 4 words, 16 bytes.
-    unsafe { _mm256_zextsi128_si256(_mm_loadu_si128(block.as_ptr().cast())) }
-}
-
-/// 32 of a pair's activations.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn quarter(pair: &Pair, k: usize) -> __m256i {
-    let quarter = &pair.0[32 * k..32 * k + 32];
-    // SAFETY: the slice has 32 bytes, and a `Pair` starts at a multiple of 64.
-    unsafe { _mm256_load_si256(quarter.as_ptr().cast()) }
+    unsafe {
+        if blocks % QUAD_BLOCKS >= 2 * half + 2 {
+            _mm256_loadu_si256(from.cast())
+        } else {
+            _mm256_zextsi128_si256(_mm_loadu_si128(from.cast()))
+        }
+    }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn pick(i: usize) -> __m256i {
-    let bytes = &PICK_SCALES[i % CHUNK];
+    let bytes = &PICK_SCALES[i % (2 * CHUNK)];
     // SAFETY: the array has 32 bytes.
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
-/// The scales of 16 blocks, ones if there are none.
+/// The sum of each vector's lanes, four vectors at a time.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn load_scales<const SCALED: bool>(rows: &T2Rows<'_>, row: usize, chunk: usize) -> __m128i {
-    match rows.row_scales(row) {
-        Some(scales) if SCALED => {
-            let scales = &scales[CHUNK_BLOCKS * chunk..CHUNK_BLOCKS * chunk + CHUNK_BLOCKS];
-            // SAFETY: the slice has 16 bytes.
-            unsafe { _mm_loadu_si128(scales.as_ptr().cast()) }
-        }
-        _ => _mm_set1_epi8(1),
+fn add_lanes<const N: usize>(x: [__m256i; N]) -> [i32; N] {
+    let mut totals = [0; N];
+    for at in (0..N).step_by(4) {
+        let x: [__m256i; 4] = std::array::from_fn(|i| if at + i < N { x[at + i] } else { _mm256_setzero_si256() });
+        let low = _mm256_add_epi32(_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1]));
+        let high = _mm256_add_epi32(_mm256_unpacklo_epi32(x[2], x[3]), _mm256_unpackhi_epi32(x[2], x[3]));
+        let all = _mm256_add_epi32(_mm256_unpacklo_epi64(low, high), _mm256_unpackhi_epi64(low, high));
+        let all = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256::<1>(all));
+        let four: [i32; 4] = bytemuck::cast(all);
+        totals[at..N.min(at + 4)].copy_from_slice(&four[..(N - at).min(4)]);
     }
-}
-
-/// The sums of a token's activations in 16 blocks.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn load_sums(token: &Token<'_>, chunk: usize) -> __m256i {
-    let sums = &token.block_sums[CHUNK_BLOCKS * chunk..CHUNK_BLOCKS * chunk + CHUNK_BLOCKS];
-    // SAFETY: the slice has 16 numbers of 2 bytes.
-    unsafe { _mm256_loadu_si256(sums.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_lanes(x: __m256i) -> i32 {
-    let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
-    let x = _mm_add_epi32(x, _mm_shuffle_epi32::<0b01_00_11_10>(x));
-    _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32::<0b10_11_00_01>(x)))
+    totals
 }
