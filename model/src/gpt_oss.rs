@@ -5,7 +5,7 @@ use burn::{
     nn,
     tensor::{Int, Tensor, TensorData, backend::Backend},
 };
-use ternoss_backends::{FormatError, TernaryBackend};
+use ternoss_backends::{FormatError, KvFormat, TernaryBackend};
 use ternoss_quant::TernaryConfig;
 
 use crate::{
@@ -34,6 +34,8 @@ pub struct GptOss<B: Backend> {
     pub(crate) rope: RotaryEmbedding,
     #[module(skip)]
     pub(crate) config: GptOssConfig,
+    #[module(skip)]
+    pub(crate) kv_format: KvFormat,
 }
 
 /// A token that is not in the vocabulary.
@@ -54,9 +56,9 @@ impl<B: Backend> GptOss<B> {
         &self.config
     }
 
-    /// An empty cache for one sequence.
+    /// An empty cache for one sequence, in the format that the model was loaded with.
     pub fn new_cache(&self) -> KvCache<B> {
-        KvCache::new(&self.config)
+        KvCache::new(&self.config).with_format(self.kv_format)
     }
 
     /// Moves token ids to the model's device: `[tokens]`.

@@ -131,6 +131,14 @@ impl<B: TernaryBackend> Table<B> {
         matches!(self, Self::Stored(table) if table.screen().is_some())
     }
 
+    /// Bytes of the compact copy, if there is to be one.
+    pub(crate) fn screen_bytes(&self) -> Option<usize> {
+        match self {
+            Self::Stored(table) => table.screen().map(Screen::bytes),
+            Self::Ternary(_) => None,
+        }
+    }
+
     /// The logits of each token of `x [tokens, hidden]`, to be computed where they are looked at. `None` where every logit
     /// has to be computed anyway ([`logits`](Self::logits)): a table that is ternary, small or not to be screened, a backend
     /// without kernels for it.

@@ -22,9 +22,6 @@ use crate::{
     table::Table,
 };
 
-/// Keys and values are `f32`.
-const CACHE_ELEMENT_BYTES: usize = size_of::<f32>();
-
 /// Bytes read, by what they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
@@ -75,17 +72,21 @@ impl Sum for Traffic {
     }
 }
 
-impl<B: Backend> GptOss<B> {
-    /// What [`generate`](Self::generate) reads for one new token after `context` others.
+impl<B: TernaryBackend> GptOss<B> {
+    /// What [`generate`](Self::generate) reads for one new token after `context` others. Where the output layer is screened,
+    /// its compact copy is read, and some rows that are not counted.
     pub fn decode_traffic(&self, context: usize) -> Traffic {
-        Traffic { output: output(&self.lm_head), ..self.pass(context, 1) }
+        let output = self.lm_head.screen_bytes().unwrap_or_else(|| whole(&self.lm_head));
+        Traffic { output, ..self.pass(context, 1) }
     }
+}
 
+impl<B: Backend> GptOss<B> {
     /// What [`prefill`](Self::prefill) reads for a prompt of `tokens`: every weight once a chunk, the output layer once.
     pub fn prefill_traffic(&self, tokens: usize) -> Traffic {
         let chunks = (0..tokens).step_by(PREFILL_CHUNK);
         let passes = chunks.map(|first| self.pass(first, PREFILL_CHUNK.min(tokens - first)));
-        passes.sum::<Traffic>() + Traffic { output: output(&self.lm_head), ..Traffic::default() }
+        passes.sum::<Traffic>() + Traffic { output: whole(&self.lm_head), ..Traffic::default() }
     }
 
     /// All but the output layer, for `tokens` that go through the model at once, `context` others before them.
@@ -97,7 +98,7 @@ impl<B: Backend> GptOss<B> {
         };
         let layers = self.layers.iter().enumerate().map(|(number, layer)| {
             let seen = self.config.window(number).map_or(context, |window| context.min(window - 1)) + tokens;
-            let entry = 2 * self.config.num_key_value_heads * self.config.head_dim * CACHE_ELEMENT_BYTES;
+            let entry = 2 * self.config.num_key_value_heads * self.kv_format.bytes(self.config.head_dim);
             Traffic { cache: seen * entry, ..layer_weights(layer, tokens) }
         });
         first + layers.sum()
@@ -173,10 +174,6 @@ fn row<B: Backend>(table: &Table<B>) -> usize {
 }
 
 /// What the output layer reads of its table for one token.
-fn output<B: Backend>(table: &Table<B>) -> usize {
-    whole(table)
-}
-
 fn whole<B: Backend>(table: &Table<B>) -> usize {
     match table {
         Table::Stored(stored) => stored.words.dims().iter().product::<usize>() * size_of::<u32>(),

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use ternoss::{
     Cpu,
     model::{
-        Checkpoint, GptOss, StopRules,
+        Checkpoint, GptOss, KvCache, StopRules,
         harmony::{Effort, Harmony},
         sampling::{Sampler, SamplingConfig},
         table::Screening,
@@ -52,6 +52,9 @@ pub(crate) struct GenerateArgs {
     /// Compute the logits of all tokens, instead of those alone that a compact copy of the output layer cannot rule out
     #[arg(long)]
     exact_output: bool,
+    /// Guess up to N next tokens from the text so far and check them in one batch (ternary models); the text stays the same
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "8", default_value_t = 0)]
+    speculate: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -129,7 +132,7 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
     if let (Some(text), false) = (&args.prompt, args.json) {
         printer.write(text);
     }
-    let new = model.generate(&prompt, &mut model.new_cache(), &mut sampler, &rules, |token| printer.token(token))?;
+    let new = model.generate(&prompt, &mut args.cache(&model), &mut sampler, &rules, |token| printer.token(token))?;
     printer.finish()?;
     if args.json {
         let mut object = json!({ "tokens": new });
@@ -146,11 +149,15 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
 impl GenerateArgs {
     /// The model, with its output layer screened unless everything is to be read.
     fn load(&self, checkpoint: &Checkpoint) -> Result<GptOss<Cpu>> {
-        let mut model = self.model.load(checkpoint)?;
+        let mut model = self.model.load_writer(checkpoint)?;
         if self.exact_output {
             model.lm_head = model.lm_head.with_screening(Screening::Never);
         }
         Ok(model)
+    }
+
+    fn cache(&self, model: &GptOss<Cpu>) -> KvCache<Cpu> {
+        model.new_cache().with_spare(self.speculate)
     }
 }
 
@@ -168,7 +175,7 @@ fn answer(
     let model = args.load(checkpoint)?;
     let started = Instant::now();
     let mut printer = chat::Printer::new(harmony, args.json);
-    let new = model.generate(&prompt, &mut model.new_cache(), sampler, &rules, |token| printer.token(token))?;
+    let new = model.generate(&prompt, &mut args.cache(&model), sampler, &rules, |token| printer.token(token))?;
     printer.finish(&new, sampler)?;
     log_speed(prompt.len(), new.len(), started, sampler);
     Ok(())

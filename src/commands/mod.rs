@@ -26,6 +26,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use ternoss::{
     Cpu,
+    backends::KvFormat,
     model::{
         Checkpoint, ExpertPlacement, GptOss, LoadOptions, checkpoint::readable_size as bytes, config::GenerationConfig,
         tokenizer::Tokenizer,
@@ -53,11 +54,19 @@ pub(crate) struct ModelArgs {
     /// Rewrite t5 weights as t2 in memory: faster, but they are no longer shared with the file
     #[arg(long, conflicts_with = "memory_budget")]
     unpack: bool,
+    /// How keys and values are kept: f32, f16 or int8; f16 where text is written, f32 where a model is measured
+    #[arg(long, value_name = "FORMAT", value_parser = kv_format)]
+    kv_cache: Option<KvFormat>,
+}
+
+fn kv_format(text: &str) -> Result<KvFormat, String> {
+    let known = KvFormat::ALL.into_iter().find(|format| format.to_string() == text);
+    known.ok_or_else(|| "expected f32, f16 or int8".into())
 }
 
 impl ModelArgs {
     fn new(model: &str) -> Self {
-        Self { model: model.into(), stream_experts: false, memory_budget: None, unpack: false }
+        Self { model: model.into(), stream_experts: false, memory_budget: None, unpack: false, kv_cache: None }
     }
 
     /// The model's folder, downloaded when it is a hub id.
@@ -70,8 +79,18 @@ impl ModelArgs {
     }
 
     fn load(&self, checkpoint: &Checkpoint) -> Result<GptOss<Cpu>> {
+        self.load_with(checkpoint, KvFormat::F32)
+    }
+
+    /// For writing text, where speed counts.
+    fn load_writer(&self, checkpoint: &Checkpoint) -> Result<GptOss<Cpu>> {
+        self.load_with(checkpoint, KvFormat::F16)
+    }
+
+    fn load_with(&self, checkpoint: &Checkpoint, kv_format: KvFormat) -> Result<GptOss<Cpu>> {
+        let kv_format = self.kv_cache.unwrap_or(kv_format);
         let experts = if self.stream_experts { ExpertPlacement::Streamed } else { ExpertPlacement::Auto };
-        let options = LoadOptions { experts, memory_budget: self.memory_budget, unpack: self.unpack };
+        let options = LoadOptions { experts, memory_budget: self.memory_budget, unpack: self.unpack, kv_format };
         Ok(GptOss::load(checkpoint, options, &Device::default())?)
     }
 }

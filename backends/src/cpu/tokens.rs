@@ -11,7 +11,7 @@
 
 use rayon::prelude::*;
 
-use super::Kernels;
+use super::{Kernels, tasks};
 use crate::format::{BLOCK, Rotation};
 
 /// Blocks in a quad.
@@ -23,10 +23,7 @@ pub(super) const QUAD: usize = QUAD_BLOCKS * BLOCK;
 /// Block sums are padded to a multiple of this many, so that they can be loaded whole.
 pub(super) const SUM_LANES: usize = 16;
 
-/// Elements from which on tokens are rounded on several threads.
-const PARALLEL_ELEMENTS: usize = 1 << 18;
-
-/// Numbers that a task of [`round_tokens`] should have at least.
+/// Numbers that a task should have at least.
 const TASK_ELEMENTS: usize = 1 << 14;
 
 /// The int8 activations of four blocks, on a cache line boundary.
@@ -89,12 +86,12 @@ impl Tokens {
             scratch.extend_from_slice(work.x);
             *work.scale = kernels.quantize(scratch, rotation, work.quads, work.sums);
         };
-        if x.len() < PARALLEL_ELEMENTS || rayon::current_num_threads() == 1 {
+        let chunk = TASK_ELEMENTS.div_ceil(in_features);
+        let parallel = work.len() > 2 * chunk;
+        tasks::run(work.chunks_mut(chunk).collect(), parallel, |work: &mut [Work<'_>]| {
             let mut scratch = Vec::with_capacity(in_features);
             work.iter_mut().for_each(|work| quantize(&mut scratch, work));
-        } else {
-            work.par_iter_mut().for_each_init(Vec::new, quantize);
-        }
+        });
         this
     }
 

@@ -14,6 +14,31 @@ pub enum KvFormat {
     Int8,
 }
 
+impl KvFormat {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Int8];
+
+    /// Bytes of a key, or of a value, of `head_dim` numbers.
+    #[must_use]
+    pub const fn bytes(self, head_dim: usize) -> usize {
+        match self {
+            Self::F32 => 4 * head_dim,
+            Self::F16 => 2 * head_dim,
+            Self::Int8 => head_dim + 4,
+        }
+    }
+}
+
+impl std::fmt::Display for KvFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Int8 => "int8",
+        })
+    }
+}
+
 /// Keys and values of one layer for one sequence: see [`cached_attention`](crate::cached_attention).
 ///
 /// A layer with a window keeps what the next query can see, and `spare` entries more, so that as many can be taken

@@ -7,6 +7,7 @@ use burn::{
     nn,
     tensor::{Tensor, TensorData, backend::Backend},
 };
+use ternoss_backends::KvFormat;
 use ternoss_quant::{BitLinear, Linear, TernaryTensor};
 
 use super::{
@@ -48,6 +49,8 @@ pub struct LoadOptions {
     /// Rewrite t5 codes as t2 in memory: twice as fast, and the ternary weights are then held in memory instead of
     /// being used in the mapped files.
     pub unpack: bool,
+    /// How [`new_cache`](GptOss::new_cache) keeps keys and values.
+    pub kv_format: KvFormat,
 }
 
 const AUTO_RESIDENT_BYTES: usize = 4 << 30;
@@ -73,6 +76,7 @@ impl<B: Backend> GptOss<B> {
             lm_head,
             rope: RotaryEmbedding::new(&config.rope, config.head_dim),
             config: config.clone(),
+            kv_format: options.kv_format,
         })
     }
 

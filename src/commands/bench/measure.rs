@@ -31,7 +31,7 @@ pub(super) fn load(args: &ModelArgs, plan: &Plan) -> Result<(GptOss<Cpu>, LoadTi
     let first = &plan.ids[..1];
     let once = || -> Result<(GptOss<Cpu>, [f64; 2])> {
         let started = Instant::now();
-        let model = args.load(&args.checkpoint()?)?;
+        let model = args.load_writer(&args.checkpoint()?)?;
         let loaded = started.elapsed().as_secs_f64();
         model.prefill(first, &mut model.new_cache())?;
         Ok((model, [loaded, started.elapsed().as_secs_f64()]))
