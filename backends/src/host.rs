@@ -260,11 +260,11 @@ pub(crate) fn stored_linear_at<B: HostBackend>(
 }
 
 /// [`TernaryBackend::screen`] by the kernels. A matrix that does not follow its own shape has none.
-pub(crate) fn screen<B: HostBackend>(matrix: &StoredMatrix<B>) -> Option<Screen> {
+pub(crate) fn screen<B: HostBackend>(matrix: &StoredMatrix<B>, pause: &mut dyn FnMut()) -> Option<Screen> {
     let words = matrix.words.clone().into_primitive();
     let words = B::words(&words);
     let rows = StoredRows::new(&words, matrix.rows(), matrix.columns(), matrix.float()).ok()?;
-    Some(Screen::new(Kernels::detect(), &rows))
+    Some(Screen::with_pauses(Kernels::detect(), &rows, pause))
 }
 
 /// [`TernaryBackend::stored_rows`] by the kernels.

@@ -71,8 +71,8 @@ impl TernaryBackend for NdArray {
         host::stored_linear_at(x, matrix, rows)
     }
 
-    fn screen(matrix: &StoredMatrix<Self>) -> Option<Screen> {
-        host::screen(matrix)
+    fn screen(matrix: &StoredMatrix<Self>, pause: &mut dyn FnMut()) -> Option<Screen> {
+        host::screen(matrix, pause)
     }
 
     fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {

@@ -1,5 +1,7 @@
 //! The whole model.
 
+use std::sync::Arc;
+
 use burn::{
     module::Module,
     nn,
@@ -12,6 +14,7 @@ use crate::{
     cache::KvCache,
     config::GptOssConfig,
     layer::{Layer, norm},
+    pager::Pager,
     rope::RotaryEmbedding,
     table::Table,
 };
@@ -36,6 +39,8 @@ pub struct GptOss<B: Backend> {
     pub(crate) config: GptOssConfig,
     #[module(skip)]
     pub(crate) kv_format: KvFormat,
+    #[module(skip)]
+    pub(crate) pager: Option<Arc<Pager>>,
 }
 
 /// A token that is not in the vocabulary.

@@ -100,7 +100,7 @@ impl Pager {
     }
 
     /// Takes embedding and output layer out of resident memory until they are read again.
-    fn release_tables(&self) {
+    pub(crate) fn release_tables(&self) {
         self.tables.iter().for_each(|extent| self.checkpoint.release(extent));
     }
 }

@@ -93,7 +93,7 @@ impl<B: Backend> Table<B> {
 }
 
 impl<B: TernaryBackend> StoredTable<B> {
-    fn screen(&self) -> Option<&Screen> {
+    fn screen(&self, pause: impl FnMut()) -> Option<&Screen> {
         let wanted = match self.screening {
             Screening::Auto => self.words.dims()[0] * self.hidden >= SCREENED_WEIGHTS,
             Screening::Always => true,
@@ -102,7 +102,7 @@ impl<B: TernaryBackend> StoredTable<B> {
         if !wanted {
             return None;
         }
-        self.screen.get_or_init(|| screen(&self.matrix())).as_ref()
+        self.screen.get_or_init(|| screen(&self.matrix(), pause)).as_ref()
     }
 }
 
@@ -126,15 +126,15 @@ impl<B: TernaryBackend> Table<B> {
     }
 
     /// Makes the compact copy if there is to be one, which [`screened`](Self::screened) would do at its first call; returns
-    /// whether there is one.
-    pub fn prepare_screen(&self) -> bool {
-        matches!(self, Self::Stored(table) if table.screen().is_some())
+    /// whether there is one. `pause` is called now and then meanwhile.
+    pub fn prepare_screen(&self, pause: impl FnMut()) -> bool {
+        matches!(self, Self::Stored(table) if table.screen(pause).is_some())
     }
 
     /// Bytes of the compact copy, if there is to be one.
     pub(crate) fn screen_bytes(&self) -> Option<usize> {
         match self {
-            Self::Stored(table) => table.screen().map(Screen::bytes),
+            Self::Stored(table) => table.screen(|| {}).map(Screen::bytes),
             Self::Ternary(_) => None,
         }
     }
@@ -144,7 +144,7 @@ impl<B: TernaryBackend> Table<B> {
     /// without kernels for it.
     pub fn screened(&self, x: &Tensor<B, 2>) -> Option<Vec<ScreenedLogits<B>>> {
         let Self::Stored(table) = self else { return None };
-        let bounds: Vec<f32> = screen_bounds(x.clone(), table.screen()?).into_data().into_vec().ok()?;
+        let bounds: Vec<f32> = screen_bounds(x.clone(), table.screen(|| {})?).into_data().into_vec().ok()?;
         let tokens = bounds.chunks(self.rows().max(1)).enumerate();
         let logits = |(token, bounds): (usize, &[f32])| ScreenedLogits {
             matrix: table.matrix(),

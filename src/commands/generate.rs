@@ -50,10 +50,11 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     json: bool,
     /// Compute the logits of all tokens, instead of those alone that a compact copy of the output layer cannot rule out
-    #[arg(long)]
+    #[arg(long, conflicts_with = "memory_budget")]
     exact_output: bool,
-    /// Guess up to N next tokens from the text so far and check them in one batch (ternary models); the text stays the same
-    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "8", default_value_t = 0)]
+    /// Guess up to N next tokens from the text so far and check them in one batch (ternary models; 0 is off); the text stays
+    /// the same
+    #[arg(long, value_name = "N", default_value_t = 8)]
     speculate: usize,
     #[command(flatten)]
     sampling: SamplingArgs,

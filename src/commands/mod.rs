@@ -48,7 +48,8 @@ pub(crate) struct ModelArgs {
     /// Decode full-precision experts whenever they are chosen instead of holding them in memory
     #[arg(long)]
     stream_experts: bool,
-    /// Resident memory at most, such as 1.5GiB: ternary experts are read from disk when they are chosen
+    /// Resident memory at most, such as 1.5GiB: ternary experts are read from disk when they are chosen. Choosing from the
+    /// whole vocabulary (no --greedy, --top-k, --top-p or --min-p) takes the output layer's size more
     #[arg(long, value_name = "SIZE", value_parser = byte_size)]
     memory_budget: Option<u64>,
     /// Rewrite t5 weights as t2 in memory: faster, but they are no longer shared with the file

@@ -68,6 +68,9 @@ const SIGNS: Rotation = Rotation { seed: 0x7369_676e_73 };
 const ZERO_POINTS: u64 = 0x7a65_726f;
 const THRESHOLDS: u64 = 0x726f_756e_64;
 
+/// Rows copied between two pauses: some 90 MB of gpt-oss's output layer.
+pub const ROWS_BETWEEN_PAUSES: usize = 1 << 14;
+
 /// A compact copy of a stored matrix: see [the module](self).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Screen {
@@ -136,20 +139,32 @@ impl Screen {
     /// Copies a matrix, on all threads.
     #[must_use]
     pub fn new(kernels: Kernels, matrix: &StoredRows<'_>) -> Self {
+        Self::with_pauses(kernels, matrix, &mut || {})
+    }
+
+    /// The same, with a pause after every [`ROWS_BETWEEN_PAUSES`] rows.
+    #[must_use]
+    pub fn with_pauses(kernels: Kernels, matrix: &StoredRows<'_>, pause: &mut dyn FnMut()) -> Self {
         let (rows, columns) = (matrix.rows(), matrix.columns());
         let dither = Dither::new(columns);
         let row_bytes = row_bytes(columns);
         let (mut codes, mut steps, mut lengths) = (vec![0; rows * row_bytes], vec![0.0; rows], vec![0.0; rows]);
-        let parts = codes.par_chunks_mut((TASK_ROWS * row_bytes).max(1));
-        let scales = steps.par_chunks_mut(TASK_ROWS).zip(lengths.par_chunks_mut(TASK_ROWS));
-        parts.zip(scales).enumerate().for_each_init(Vec::new, |scratch, (part, (codes, (steps, lengths)))| {
-            scratch.resize(row_bytes / BLOCK_BYTES * BLOCK, 0.0);
-            let scales = steps.iter_mut().zip(lengths);
-            for (r, (codes, (step, length))) in codes.chunks_exact_mut(row_bytes).zip(scales).enumerate() {
-                let words = matrix.row(part * TASK_ROWS + r);
-                [*step, *length] = kernels.screen_row(matrix.float(), words, &dither, scratch, codes);
-            }
-        });
+        for first in (0..rows).step_by(ROWS_BETWEEN_PAUSES) {
+            let part = first..(first + ROWS_BETWEEN_PAUSES).min(rows);
+            let codes =
+                codes[part.start * row_bytes..part.end * row_bytes].par_chunks_mut((TASK_ROWS * row_bytes).max(1));
+            let (steps, lengths) = (&mut steps[part.clone()], &mut lengths[part]);
+            let scales = steps.par_chunks_mut(TASK_ROWS).zip(lengths.par_chunks_mut(TASK_ROWS));
+            codes.zip(scales).enumerate().for_each_init(Vec::new, |scratch, (part, (codes, (steps, lengths)))| {
+                scratch.resize(row_bytes / BLOCK_BYTES * BLOCK, 0.0);
+                let scales = steps.iter_mut().zip(lengths);
+                for (r, (codes, (step, length))) in codes.chunks_exact_mut(row_bytes).zip(scales).enumerate() {
+                    let words = matrix.row(first + part * TASK_ROWS + r);
+                    [*step, *length] = kernels.screen_row(matrix.float(), words, &dither, scratch, codes);
+                }
+            });
+            pause();
+        }
         Self { rows, columns, codes, steps, lengths, dither }
     }
 

@@ -130,7 +130,7 @@ pub trait TernaryBackend: Backend {
 
     /// See [`screen()`]: none, unless the backend can read the matrix where it lies.
     #[must_use]
-    fn screen(_matrix: &StoredMatrix<Self>) -> Option<Screen> {
+    fn screen(_matrix: &StoredMatrix<Self>, _pause: &mut dyn FnMut()) -> Option<Screen> {
         None
     }
 
@@ -376,10 +376,10 @@ pub fn stored_linear_at<B: TernaryBackend>(
 
 /// A copy of a stored matrix in 4 bits a weight, in this machine's memory, that says which rows cannot have a large product:
 /// see [`cpu::screen`](crate::cpu::screen). `None` on a backend that has no kernel for it, where [`stored_linear`] is all
-/// there is. Takes all threads for a while.
+/// there is. Takes all threads for a while, with a `pause` now and then, in which what was read can be let go.
 #[must_use]
-pub fn screen<B: TernaryBackend>(matrix: &StoredMatrix<B>) -> Option<Screen> {
-    B::screen(matrix)
+pub fn screen<B: TernaryBackend>(matrix: &StoredMatrix<B>, mut pause: impl FnMut()) -> Option<Screen> {
+    B::screen(matrix, &mut pause)
 }
 
 /// What each product of `x [tokens, columns]` with a row of the matrix behind `screen` is at most: `[tokens, rows]`.

@@ -77,6 +77,7 @@ impl<B: Backend> GptOss<B> {
             rope: RotaryEmbedding::new(&config.rope, config.head_dim),
             config: config.clone(),
             kv_format: options.kv_format,
+            pager: loader.pager,
         })
     }
 
