@@ -94,6 +94,17 @@ impl MappedFile {
         }
     }
 
+    /// Tells the system that a part of the file will be read here and there, so that a read brings little more than itself
+    /// into memory. Without effect outside the file.
+    pub fn scatter(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        if !range.is_empty() && self.bytes(range.clone()).is_some() {
+            for advice in [memmap2::Advice::Random, memmap2::Advice::NoHugePage] {
+                let _ = self.map.advise_range(advice, range.start, range.len());
+            }
+        }
+    }
+
     /// Takes a part of the file out of this process's resident memory; reading it again brings it back. Without effect
     /// outside the file, or where the system has no such call.
     pub fn release(&self, range: Range<usize>) {

@@ -74,8 +74,9 @@ impl<B: TernaryBackend> GptOss<B> {
         B::session(|| {
             let mut writing = Writing { history: prompt.to_vec(), end: prompt.len() + rules.max_tokens };
             let mut drafter = Drafter::new(if self.is_batch_invariant() { cache.spare() } else { 0 });
-            if let (Some(pager), true) = (&self.pager, sampler.can_screen()) {
-                self.lm_head.prepare_screen(|| pager.release_tables());
+            if sampler.can_screen() {
+                // Now, while there is room in memory.
+                self.lm_head.prepare_screen();
             }
             let mut hidden = self.prefill_hidden(prompt, cache)?;
             let mut draft = Vec::new();

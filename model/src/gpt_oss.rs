@@ -1,7 +1,5 @@
 //! The whole model.
 
-use std::sync::Arc;
-
 use burn::{
     module::Module,
     nn,
@@ -14,7 +12,6 @@ use crate::{
     cache::KvCache,
     config::GptOssConfig,
     layer::{Layer, norm},
-    pager::Pager,
     rope::RotaryEmbedding,
     table::Table,
 };
@@ -39,8 +36,6 @@ pub struct GptOss<B: Backend> {
     pub(crate) config: GptOssConfig,
     #[module(skip)]
     pub(crate) kv_format: KvFormat,
-    #[module(skip)]
-    pub(crate) pager: Option<Arc<Pager>>,
 }
 
 /// A token that is not in the vocabulary.

@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, Extent};
 const COOLING: f64 = 0.98;
 
 /// Bytes that are left free below the budget, for what a step allocates.
-const MARGIN: u64 = 32 << 20;
+const MARGIN: u64 = 48 << 20;
 
 /// Keeps the resident memory of this process within a budget, for all layers of a model.
 #[derive(Debug)]
@@ -90,6 +90,7 @@ impl Pager {
         if paged == 0 || needed > budget {
             return Err(CheckpointError::MemoryBudget { folder: checkpoint.folder().into(), budget, needed, paged });
         }
+        tables.iter().for_each(|extent| checkpoint.scatter(extent));
         let heat = Mutex::new(Heat { clock: 0, states: vec![vec![State::default(); count]; layers] });
         Ok(Arc::new(Self { checkpoint: checkpoint.clone(), budget, experts, tables, heat }))
     }
@@ -120,17 +121,18 @@ impl LayerPager {
         let missing: Vec<usize> =
             (0..count).filter(|&expert| wanted[expert] && !heat.states[self.layer][expert].resident).collect();
         let incoming: u64 = missing.iter().map(|expert| experts[self.layer][*expert].bytes).sum();
-        let resident = || resident_bytes().unwrap_or(0);
-        if resident() + incoming + MARGIN > *budget {
+        let excess = || (resident_bytes().unwrap_or(0) + incoming + MARGIN).saturating_sub(*budget);
+        if excess() > 0 {
             self.pager.release_tables();
         }
-        let mut excess = (resident() + incoming + MARGIN).saturating_sub(*budget);
-        while excess > 0 {
+        // Looked at again, for the system maps pages beside those that are read.
+        let mut left = excess();
+        while left > 0 {
             let Some((layer, expert)) = self.coldest(&heat, &wanted) else { break };
             let paged = &experts[layer][expert];
             paged.extents.iter().for_each(|extent| checkpoint.release(extent));
             heat.states[layer][expert].resident = false;
-            excess = excess.saturating_sub(paged.bytes);
+            left = left.checked_sub(paged.bytes).filter(|left| *left > 0).unwrap_or_else(excess);
         }
         for expert in missing {
             experts[self.layer][expert].extents.iter().for_each(|extent| checkpoint.fetch(extent));

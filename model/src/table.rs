@@ -12,10 +12,13 @@ use ternoss_backends::{
 };
 use ternoss_quant::TernaryTensor;
 
-use crate::screening::LazyLogits;
+use crate::{pager::Pager, screening::LazyLogits};
 
 /// Weights from which on [`Screening::Auto`] makes a compact copy: smaller tables are read as fast as it.
 const SCREENED_WEIGHTS: usize = 1 << 24;
+
+/// Rows that are computed before they leave memory again, where that is limited.
+const ROWS_IN_LIMITED_MEMORY: usize = 128;
 
 /// A matrix `[vocabulary, hidden]`.
 #[derive(Module, Debug)]
@@ -41,6 +44,9 @@ pub struct StoredTable<B: Backend> {
     /// The compact copy of the words, made at its first use. Clones share it.
     #[module(skip)]
     screen: Arc<OnceLock<Option<Screen>>>,
+    /// Where memory is limited: lets go what was read.
+    #[module(skip)]
+    pager: Option<Arc<Pager>>,
 }
 
 /// Whether the next token is looked for with a compact copy of the output layer, a quarter of its bytes, that tells which
@@ -65,6 +71,7 @@ impl<B: Backend> StoredTable<B> {
             words: Param::initialized(ParamId::new(), matrix.words),
             screening: Screening::Auto,
             screen: Arc::default(),
+            pager: None,
         }
     }
 
@@ -82,6 +89,14 @@ impl<B: Backend> Table<B> {
         }
     }
 
+    /// The same table, in limited memory.
+    pub(crate) fn with_pager(mut self, pager: Option<Arc<Pager>>) -> Self {
+        if let Self::Stored(table) = &mut self {
+            table.pager = pager;
+        }
+        self
+    }
+
     /// The same table, screened or not. A ternary one never is.
     #[must_use]
     pub fn with_screening(mut self, screening: Screening) -> Self {
@@ -93,7 +108,14 @@ impl<B: Backend> Table<B> {
 }
 
 impl<B: TernaryBackend> StoredTable<B> {
-    fn screen(&self, pause: impl FnMut()) -> Option<&Screen> {
+    /// Takes what was read out of resident memory, where that is limited.
+    fn let_go(&self) {
+        if let Some(pager) = &self.pager {
+            pager.release_tables();
+        }
+    }
+
+    fn screen(&self) -> Option<&Screen> {
         let wanted = match self.screening {
             Screening::Auto => self.words.dims()[0] * self.hidden >= SCREENED_WEIGHTS,
             Screening::Always => true,
@@ -102,7 +124,7 @@ impl<B: TernaryBackend> StoredTable<B> {
         if !wanted {
             return None;
         }
-        self.screen.get_or_init(|| screen(&self.matrix(), pause)).as_ref()
+        self.screen.get_or_init(|| screen(&self.matrix(), || self.let_go())).as_ref()
     }
 }
 
@@ -126,15 +148,15 @@ impl<B: TernaryBackend> Table<B> {
     }
 
     /// Makes the compact copy if there is to be one, which [`screened`](Self::screened) would do at its first call; returns
-    /// whether there is one. `pause` is called now and then meanwhile.
-    pub fn prepare_screen(&self, pause: impl FnMut()) -> bool {
-        matches!(self, Self::Stored(table) if table.screen(pause).is_some())
+    /// whether there is one.
+    pub fn prepare_screen(&self) -> bool {
+        matches!(self, Self::Stored(table) if table.screen().is_some())
     }
 
     /// Bytes of the compact copy, if there is to be one.
     pub(crate) fn screen_bytes(&self) -> Option<usize> {
         match self {
-            Self::Stored(table) => table.screen(|| {}).map(Screen::bytes),
+            Self::Stored(table) => table.screen().map(Screen::bytes),
             Self::Ternary(_) => None,
         }
     }
@@ -144,10 +166,10 @@ impl<B: TernaryBackend> Table<B> {
     /// without kernels for it.
     pub fn screened(&self, x: &Tensor<B, 2>) -> Option<Vec<ScreenedLogits<B>>> {
         let Self::Stored(table) = self else { return None };
-        let bounds: Vec<f32> = screen_bounds(x.clone(), table.screen(|| {})?).into_data().into_vec().ok()?;
+        let bounds: Vec<f32> = screen_bounds(x.clone(), table.screen()?).into_data().into_vec().ok()?;
         let tokens = bounds.chunks(self.rows().max(1)).enumerate();
         let logits = |(token, bounds): (usize, &[f32])| ScreenedLogits {
-            matrix: table.matrix(),
+            table: table.clone(),
             x: x.clone().slice_dim(0, token..token + 1),
             bounds: bounds.to_vec(),
         };
@@ -158,7 +180,7 @@ impl<B: TernaryBackend> Table<B> {
 /// The logits of one token, computed where they are looked at: see [`Table::screened`].
 #[derive(Debug)]
 pub struct ScreenedLogits<B: Backend> {
-    matrix: StoredMatrix<B>,
+    table: StoredTable<B>,
     /// `[1, hidden]`.
     x: Tensor<B, 2>,
     bounds: Vec<f32>,
@@ -170,13 +192,20 @@ impl<B: TernaryBackend> LazyLogits for ScreenedLogits<B> {
     }
 
     fn exact(&self, tokens: &[u32]) -> Vec<f32> {
-        let ids: Vec<i64> = tokens.iter().map(|token| i64::from(*token)).collect();
-        let shape = [ids.len()];
-        let ids = Tensor::from_data(TensorData::new(ids, shape), &self.x.device());
-        stored_linear_at(self.x.clone(), &self.matrix, ids).into_data().iter::<f32>().collect()
+        // The system maps pages beside each row that is read.
+        let at_once = if self.table.pager.is_some() { ROWS_IN_LIMITED_MEMORY } else { usize::MAX };
+        let logits = tokens.chunks(at_once.min(tokens.len().max(1))).flat_map(|tokens| {
+            let ids: Vec<i64> = tokens.iter().map(|token| i64::from(*token)).collect();
+            let shape = [ids.len()];
+            let ids = Tensor::from_data(TensorData::new(ids, shape), &self.x.device());
+            let logits = stored_linear_at(self.x.clone(), &self.table.matrix(), ids).into_data();
+            self.table.let_go();
+            logits.iter::<f32>().collect::<Vec<_>>()
+        });
+        logits.collect()
     }
 
     fn all(&self) -> Vec<f32> {
-        stored_linear(self.x.clone(), &self.matrix).into_data().iter::<f32>().collect()
+        stored_linear(self.x.clone(), &self.table.matrix()).into_data().iter::<f32>().collect()
     }
 }

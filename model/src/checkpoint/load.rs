@@ -68,6 +68,7 @@ impl<B: Backend> GptOss<B> {
         let experts_resident = experts_resident(checkpoint, options);
         let loader = Loader { checkpoint, device, experts_resident, unpack: options.unpack, pager };
         let (norm, lm_head) = Self::load_output(checkpoint, device)?;
+        let lm_head = lm_head.with_pager(loader.pager.clone());
         let layers = 0..config.num_hidden_layers();
         Ok(Self {
             embed_tokens: Table::embedding(checkpoint, device)?,
@@ -77,7 +78,6 @@ impl<B: Backend> GptOss<B> {
             rope: RotaryEmbedding::new(&config.rope, config.head_dim),
             config: config.clone(),
             kv_format: options.kv_format,
-            pager: loader.pager,
         })
     }
 

@@ -171,6 +171,11 @@ impl Checkpoint {
         self.inner.files[extent.file].1.fetch(extent.range.clone());
     }
 
+    /// Tells the system that rows here and there of a part of a file will be read.
+    pub(crate) fn scatter(&self, extent: &Extent) {
+        self.inner.files[extent.file].1.scatter(extent.range.clone());
+    }
+
     /// Takes a part of a file out of resident memory until it is read again.
     pub(crate) fn release(&self, extent: &Extent) {
         self.inner.files[extent.file].1.release(extent.range.clone());
