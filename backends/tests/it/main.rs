@@ -8,6 +8,7 @@ mod gradients;
 mod linear;
 mod mapped;
 mod rows;
+mod screen;
 mod softmax;
 mod stored;
 mod support;
