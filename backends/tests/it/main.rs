@@ -10,6 +10,7 @@ mod linear;
 mod mapped;
 mod routing;
 mod rows;
+mod screen;
 mod softmax;
 mod stored;
 mod support;
