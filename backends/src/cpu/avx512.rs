@@ -5,7 +5,7 @@
 use std::arch::x86_64::*;
 
 pub(super) use super::avx2::{
-    quantize, round_token, sink_softmax, sink_softmax_gradient, stored_dots, swiglu, t5_to_t2,
+    lookup_totals, quantize, round_token, sink_softmax, sink_softmax_gradient, stored_dots, swiglu, t5_to_t2,
 };
 
 super::vnni::vnni_kernels!("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c");

@@ -12,7 +12,7 @@ use super::{
 use crate::format::T2_BLOCK_BYTES;
 
 pub(super) use super::neon::{
-    quantize, round_token, sink_softmax, sink_softmax_gradient, stored_dots, swiglu, t5_to_t2,
+    lookup_totals, quantize, round_token, sink_softmax, sink_softmax_gradient, stored_dots, swiglu, t5_to_t2,
 };
 
 /// Rows and tokens that pass each other.

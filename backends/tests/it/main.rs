@@ -6,6 +6,7 @@ mod experts;
 mod format;
 mod gradients;
 mod linear;
+mod lookup;
 mod mapped;
 mod rows;
 mod softmax;

@@ -1,9 +1,11 @@
 //! x86-64 with AVX2, FMA and F16C.
 #![allow(unsafe_code)]
 
+mod lookup;
 mod stored;
 mod ternary;
 
+pub(super) use lookup::lookup_totals;
 pub(super) use stored::stored_dots;
 pub(super) use ternary::t2_totals;
 
