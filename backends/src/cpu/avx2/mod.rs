@@ -3,19 +3,16 @@
 
 mod lookup;
 mod stored;
+mod t5;
 mod ternary;
 
 pub(super) use lookup::lookup_totals;
 pub(super) use stored::stored_dots;
+pub(super) use t5::t5_to_t2;
 pub(super) use ternary::t2_totals;
 
 use super::{math, tokens::Quad};
 use crate::{format::Rotation, ops::ClampedSwiGlu};
-
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
-    math::t5_to_t2(t5, in_features, t2);
-}
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {
