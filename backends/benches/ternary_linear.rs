@@ -7,14 +7,15 @@
 //! The sizes are those of one gpt-oss expert's first matrix (4 MB of codes: the second or third cache level) and of a piece
 //! of the output layer (74 MB: memory).
 
-use std::hint::black_box;
+use std::{hint::black_box, time::Duration};
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use ternoss_backends::{
     CodeFormat, StoredFloat, TernaryLayout,
     cpu::{
         Isa, Kernels, TernaryMatrices,
         linear::ternary_linear,
+        lookup::{self, LookupRows, Tables},
         stored::{StoredRows, stored_linear},
         tokens::Tokens,
     },
@@ -65,16 +66,27 @@ impl Weights {
     }
 }
 
+/// What is measured quickly, so that all of it takes less than a minute.
+fn quick<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = c.benchmark_group(name);
+    group.sample_size(20).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(600));
+    group
+}
+
+/// The instruction sets at hand, without plain Rust.
+fn all_kernels() -> impl Iterator<Item = Kernels> {
+    Isa::available().iter().filter(|isa| **isa != Isa::Scalar).filter_map(|isa| Kernels::new(*isa))
+}
+
+const CASES: [(&str, Option<usize>); 2] = [("t2", None), ("t2-u8-per-64", Some(64))];
+
 fn ternary(c: &mut Criterion) {
     let (rows, in_features) = (5760, 2880);
-    let mut group = c.benchmark_group("ternary_linear");
-    let cases =
-        [("t2", CodeFormat::T2, None), ("t2-u8-per-64", CodeFormat::T2, Some(64)), ("t5", CodeFormat::T5, None)];
-    for (name, format, group_size) in cases {
-        let weights = Weights::new(format, rows, in_features, group_size);
+    let mut group = quick(c, "ternary_linear");
+    for (name, group_size) in CASES {
+        let weights = Weights::new(CodeFormat::T2, rows, in_features, group_size);
         let matrix = weights.view().matrix(0).expect("one matrix");
-        for batch in [1, 2, 4, 8, 64] {
-            let kernels = Kernels::detect();
+        for (batch, kernels) in [1, 8, 16, 64].into_iter().flat_map(|batch| all_kernels().map(move |k| (batch, k))) {
             let tokens = Tokens::quantize(kernels, &Noise(2).floats(batch * in_features), in_features, None);
             let mut out = vec![0.0; batch * rows];
             group.throughput(Throughput::Elements((rows * in_features * batch) as u64));
@@ -93,17 +105,57 @@ fn ternary(c: &mut Criterion) {
 
 /// Weights larger than any cache, so that they come from memory each time: the experts of several layers.
 fn from_memory(c: &mut Criterion) {
-    let (rows, in_features) = (5760 * 64, 2880);
-    let mut group = c.benchmark_group("ternary_linear_from_memory");
-    group.sample_size(20);
-    for (name, group_size) in [("t2", None), ("t2-u8-per-64", Some(64))] {
+    let (rows, in_features) = (5760 * 24, 2880);
+    let mut group = quick(c, "ternary_linear_from_memory");
+    for (name, group_size) in CASES {
         let weights = Weights::new(CodeFormat::T2, rows, in_features, group_size);
         let matrix = weights.view().matrix(0).expect("one matrix");
-        let kernels = Kernels::detect();
+        for (batch, kernels) in [1, 8].into_iter().flat_map(|batch| all_kernels().map(move |k| (batch, k))) {
+            let tokens = Tokens::quantize(kernels, &Noise(2).floats(batch * in_features), in_features, None);
+            let mut out = vec![0.0; batch * rows];
+            group.throughput(Throughput::Elements((rows * in_features * batch) as u64));
+            group.bench_function(format!("{name}/{}/batch-{batch}", kernels.isa()), |bench| {
+                bench.iter(|| ternary_linear(kernels, &matrix, black_box(&tokens), black_box(&mut out)));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// The lookup-table family on the same shapes; its tables are made beforehand.
+fn by_lookup(c: &mut Criterion) {
+    let in_features = 2880;
+    let mut group = quick(c, "lookup");
+    // Instruction sets above AVX2 look up as it does.
+    let kernels = all_kernels().next().unwrap_or(Kernels::detect());
+    for (place, rows) in [("cache", 5760), ("memory", 5760 * 24)] {
+        for (name, group_size) in CASES {
+            let weights = Weights::new(CodeFormat::T2, rows, in_features, group_size);
+            let matrix = weights.view().matrix(0).and_then(|rows| LookupRows::new(&rows)).expect("one t2 matrix");
+            for batch in [1, 8] {
+                let tokens = Tokens::quantize(kernels, &Noise(2).floats(batch * in_features), in_features, None);
+                let (tables, mut out) = (Tables::new(&tokens), vec![0.0; batch * rows]);
+                group.throughput(Throughput::Elements((rows * in_features * batch) as u64));
+                group.bench_function(format!("{name}/{}/{place}/batch-{batch}", kernels.isa()), |bench| {
+                    bench.iter(|| lookup::ternary_linear(kernels, &matrix, black_box(&tables), black_box(&mut out)));
+                });
+            }
+        }
+    }
+    group.finish();
+}
+
+/// Bytes of t5 a second that become t2, as a product with one token does it (times 5 for weights).
+fn t5(c: &mut Criterion) {
+    let (rows, in_features) = (5760, 2880);
+    let mut group = quick(c, "t5");
+    let weights = Weights::new(CodeFormat::T5, rows, in_features, None);
+    let matrix = weights.view().matrix(0).expect("one matrix");
+    for kernels in all_kernels() {
         let tokens = Tokens::quantize(kernels, &Noise(2).floats(in_features), in_features, None);
         let mut out = vec![0.0; rows];
-        group.throughput(Throughput::Elements((rows * in_features) as u64));
-        group.bench_function(format!("{name}/{}/batch-1", kernels.isa()), |bench| {
+        group.throughput(Throughput::Bytes((weights.codes.len() * 4) as u64));
+        group.bench_function(format!("{}/batch-1", kernels.isa()), |bench| {
             bench.iter(|| ternary_linear(kernels, &matrix, black_box(&tokens), black_box(&mut out)));
         });
     }
@@ -139,6 +191,8 @@ fn one_thread(c: &mut Criterion) {
     rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("the first use of the pool");
     ternary(c);
     from_memory(c);
+    by_lookup(c);
+    t5(c);
     stored(c);
 }
 

@@ -26,8 +26,11 @@ pub(super) struct T2Rows<'a> {
     pub(super) blocks: usize,
     /// t2 codes, `4 * blocks` words a row.
     pub(super) codes: &'a [u32],
-    /// A scale for each block, rows padded with zeros to a multiple of 16; `None` if all are 1.
+    /// A scale for each block; `None` if all are 1.
     pub(super) scales: Option<&'a [u8]>,
+    /// From the scales of a row to those of the next. A row can be read up to a multiple of 16 scales: what follows its own
+    /// belongs to others and meets zeros.
+    pub(super) scale_stride: usize,
 }
 
 impl<'a> T2Rows<'a> {
@@ -36,10 +39,29 @@ impl<'a> T2Rows<'a> {
         &self.codes[row * 4 * self.blocks..(row + 1) * 4 * self.blocks]
     }
 
-    /// The block scales of a row, padding included.
+    /// The block scales of a row, and as many of the following as fill up a multiple of 16.
     pub(super) fn row_scales(&self, row: usize) -> Option<&'a [u8]> {
-        let padded = self.blocks.next_multiple_of(tokens::SUM_LANES);
-        self.scales.map(|scales| &scales[row * padded..(row + 1) * padded])
+        self.scales.map(|scales| &scales[row * self.scale_stride..][..self.padded()])
+    }
+
+    /// The number of blocks, padded as their scales and sums are.
+    pub(super) fn padded(&self) -> usize {
+        self.blocks.next_multiple_of(tokens::SUM_LANES)
+    }
+
+    /// What kernels that load without checks rely on: codes and scales of `rows` rows, and the tokens' activations.
+    ///
+    /// # Panics
+    /// If something is shorter.
+    pub(super) fn check(&self, rows: usize, tokens: &[Token<'_>]) {
+        let padded = self.padded();
+        let last = rows.saturating_sub(1) * self.scale_stride;
+        assert!(self.codes.len() >= rows * 4 * self.blocks, "codes of the rows");
+        assert!(self.scales.is_none_or(|scales| scales.len() >= last + padded), "scales of the rows");
+        for token in tokens {
+            assert!(token.quads.len() >= self.blocks.div_ceil(tokens::QUAD_BLOCKS), "activations of a token");
+            assert!(token.block_sums.len() >= padded, "sums of a token");
+        }
     }
 }
 
@@ -150,9 +172,8 @@ fn add_plane(
 ) {
     for (t, (token, out)) in tokens.iter().zip(out).enumerate() {
         let out = &mut out[start..start + row_scales.len()];
-        let totals = totals.iter().skip(t).step_by(tokens.len());
-        for ((y, total), row_scale) in out.iter_mut().zip(totals).zip(row_scales) {
-            let value = *total as f32 * (row_scale * token.scale);
+        for ((y, totals), row_scale) in out.iter_mut().zip(totals.chunks_exact(tokens.len())).zip(row_scales) {
+            let value = totals[t] as f32 * (row_scale * token.scale);
             *y = if is_first { value } else { *y + value };
         }
     }
@@ -176,11 +197,17 @@ impl Scratch {
     ) -> T2Rows<'a> {
         let in_features = rows.layout().in_features;
         let blocks = in_features.div_ceil(BLOCK);
-        let has_scales = rows.group_scales(plane, first, count).is_some_and(|groups| {
-            let size = rows.layout().group_size.unwrap_or(BLOCK);
-            spread(groups, size / BLOCK, blocks, &mut self.scales);
-            true
-        });
+        let size = rows.layout().group_size.unwrap_or(BLOCK);
+        let padded = blocks.next_multiple_of(tokens::SUM_LANES);
+        let (scales, scale_stride) = match rows.group_scales_from(plane, first) {
+            None => (None, 0),
+            // Used in place, where enough follows the last row.
+            Some(scales) if size == BLOCK && scales.len() >= (count - 1) * blocks + padded => (Some(scales), blocks),
+            Some(scales) => {
+                spread(&scales[..count * rows.layout().groups()], size / BLOCK, blocks, &mut self.scales);
+                (Some(self.scales.as_slice()), padded)
+            }
+        };
         let codes = rows.codes(plane, first, count);
         let codes = match rows.layout().format {
             CodeFormat::T2 => codes,
@@ -193,7 +220,7 @@ impl Scratch {
                 &self.codes
             }
         };
-        T2Rows { blocks, codes, scales: has_scales.then_some(&self.scales) }
+        T2Rows { blocks, codes, scales, scale_stride }
     }
 }
 

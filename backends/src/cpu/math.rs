@@ -234,12 +234,13 @@ pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
     }
 }
 
+/// A t5 byte times 270 is its fraction of 243 in 16 bits; times 3^k, modulo 1, the k-th digit leads, and times 3 it stands
+/// before the point. The excess, at most 242 * (270 - 65536 / 243), stays below the 1 / 243 that could change a digit.
+pub(super) const FRACTION: [u16; 5] = [270, 810, 2_430, 7_290, 21_870];
+
 /// The usual case: 16 neighbouring weights are the same digit of 16 neighbouring bytes.
 #[inline(always)]
 fn t5_blocks_to_t2(t5: &[u8], t2: &mut [u8]) {
-    // A byte times 270 is its fraction of 243 in 16 bits; times 3^k, modulo 1, the k-th digit leads, and times 3 it stands
-    // before the point. The excess, at most 242 * (270 - 65536 / 243), stays below the 1 / 243 that could change a digit.
-    const FRACTION: [u16; 5] = [270, 810, 2_430, 7_290, 21_870];
     // 16 digits, one or two thirds of 2^16 being where they turn 1 and 2.
     let digits = |bytes: &[u8; 16], fraction: u16| {
         bytes.map(|byte| {

@@ -23,6 +23,7 @@ pub mod bounds;
 pub mod experts;
 mod kv;
 pub mod linear;
+pub mod lookup;
 mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -52,6 +53,7 @@ use crate::{
 };
 use bounds::{ScreenRows, TokenTerms};
 use linear::T2Rows;
+use lookup::{LOOKUP_ROWS, Table};
 use math::Matrix;
 use screen::Dither;
 use tokens::{Quad, Token};
@@ -181,6 +183,17 @@ impl Kernels {
     /// The exact totals of all `rows` with each of at most [`linear::TOKEN_TILE`] tokens, `totals[row * tokens + token]`.
     fn t2_totals(self, rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
         dispatch!(self, t2_totals(rows, tokens, totals));
+    }
+
+    /// The exact totals of one or two tiles of rows by tables: see [`lookup`].
+    fn lookup_totals(
+        self,
+        codes: &[[u8; LOOKUP_ROWS]],
+        scales: Option<&[[u8; LOOKUP_ROWS]]>,
+        tables: &[Table],
+        totals: &mut [i32],
+    ) {
+        dispatch!(self, lookup_totals(codes, scales, tables, totals));
     }
 
     /// One t5 row of `in_features` weights rewritten as t2.

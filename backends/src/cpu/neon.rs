@@ -19,6 +19,8 @@ use crate::{
     ops::{ClampedSwiGlu, StoredFloat},
 };
 
+pub(super) use super::scalar::lookup_totals;
+
 /// Blocks whose products 16 bits can hold: 16 blocks * 4 quarters * 2 halves * 2 (code) * 127 = 32,512.
 const CHUNK_BLOCKS: usize = 16;
 

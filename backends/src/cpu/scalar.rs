@@ -3,13 +3,14 @@
 use super::{
     bounds::{self, ScreenRows, TokenTerms},
     linear::T2Rows,
+    lookup::{LOOKUP_ROWS, Table},
     math::{self, Matrix},
     screen::{self, Dither},
     stored::LANES,
     tokens::{QUAD_BLOCKS, Quad, Token},
 };
 use crate::{
-    format::Rotation,
+    format::{Rotation, T2_BLOCK_BYTES},
     ops::{ClampedSwiGlu, StoredFloat},
 };
 
@@ -39,6 +40,30 @@ fn block_dot(words: &[u32], token: &Token<'_>, block: usize) -> i32 {
         }
     }
     dot
+}
+
+/// `totals[row]` of some tiles of 32 rows, of which `codes` has all bytes and `scales` all blocks.
+pub(super) fn lookup_totals(
+    codes: &[[u8; LOOKUP_ROWS]],
+    scales: Option<&[[u8; LOOKUP_ROWS]]>,
+    tables: &[Table],
+    totals: &mut [i32],
+) {
+    totals.fill(0);
+    let bytes = tables.len() / 2;
+    for (n, codes) in codes.iter().enumerate() {
+        let (tile, at) = (n / bytes, n % bytes);
+        let block = (tile * bytes + at) / T2_BLOCK_BYTES;
+        let totals = &mut totals[tile * LOOKUP_ROWS..(tile + 1) * LOOKUP_ROWS];
+        for (lane, (code, total)) in codes.iter().zip(totals).enumerate() {
+            let scale = scales.map_or(1, |scales| i32::from(scales[block][lane]));
+            let entry = |table: &Table, code: u8| {
+                16 * i32::from(table.high[code as usize] as i8) + i32::from(table.low[code as usize])
+            };
+            let sum = entry(&tables[2 * at], code & 15) + entry(&tables[2 * at + 1], code >> 4);
+            *total = total.wrapping_add(scale * sum);
+        }
+    }
 }
 
 pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {

@@ -80,6 +80,11 @@ impl<'a> TernaryRows<'a> {
         self.view.group_scales.map(|scales| &scales[self.part(plane, first, count, self.layout().groups())])
     }
 
+    /// The `u8` scales from row `first` of a plane to the end of the matrix.
+    pub(super) fn group_scales_from(&self, plane: usize, first: usize) -> Option<&'a [u8]> {
+        self.view.group_scales.map(|scales| &scales[(plane * self.layout().rows + first) * self.layout().groups()..])
+    }
+
     /// Writes a row as floats into `out` (`in_features` long), with the bits of the
     /// [reference](crate::reference::ternary_rows). A row that is not there becomes NaN, an invalid code trit 0 in all of
     /// its row.

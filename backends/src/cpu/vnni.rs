@@ -11,7 +11,7 @@ macro_rules! vnni_kernels {
     ($features:literal) => {
         use crate::cpu::{
             linear::T2Rows,
-            tokens::{QUAD, QUAD_BLOCKS, SUM_LANES, Token},
+            tokens::{QUAD, QUAD_BLOCKS, Token},
         };
 
         /// How far ahead codes are fetched: rows lie one after the other, but are read side by side, which the processor's own
@@ -22,13 +22,7 @@ macro_rules! vnni_kernels {
         pub(in crate::cpu) fn t2_totals(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
             let count = totals.len() / tokens.len().max(1);
             // What the unchecked loads of `tile` rely on.
-            assert!(rows.codes.len() >= count * 4 * rows.blocks, "codes of the rows");
-            let padded = rows.blocks.next_multiple_of(SUM_LANES);
-            assert!(rows.scales.is_none_or(|scales| scales.len() >= count * padded), "scales of the rows");
-            for token in tokens {
-                assert!(token.quads.len() >= rows.blocks.div_ceil(QUAD_BLOCKS), "activations of a token");
-                assert!(token.block_sums.len() >= padded, "sums of a token");
-            }
+            rows.check(count, tokens);
             match rows.scales {
                 None => all_rows::<false>(rows, count, tokens, totals),
                 Some(_) => all_rows::<true>(rows, count, tokens, totals),
@@ -104,13 +98,12 @@ macro_rules! vnni_kernels {
         ) -> [[i32; T]; R] {
             const BYTES: usize = 16 * WIDTH;
             let (whole, rest) = (rows.blocks / WIDTH, rows.blocks % WIDTH);
-            let padded = rows.blocks.next_multiple_of(SUM_LANES);
             let scales = rows.scales.unwrap_or(&[]);
             let mut codes = [rows.codes.as_ptr().cast::<u8>(); R];
             let mut scale = [scales.as_ptr(); R];
             for r in 0..R {
                 codes[r] = codes[r].wrapping_add(at[r] * rows.blocks * 16);
-                scale[r] = scale[r].wrapping_add(at[r] * padded);
+                scale[r] = scale[r].wrapping_add(at[r] * rows.scale_stride);
             }
             let activations: [*const i8; T] = std::array::from_fn(|t| tokens[t].quads.as_ptr().cast());
             let block_sums: [*const i16; T] = std::array::from_fn(|t| tokens[t].block_sums.as_ptr());

@@ -7,6 +7,7 @@ mod experts;
 mod format;
 mod gradients;
 mod linear;
+mod lookup;
 mod mapped;
 mod routing;
 mod rows;

@@ -1,12 +1,16 @@
 //! x86-64 with AVX2, FMA and F16C.
 #![allow(unsafe_code)]
 
+mod lookup;
 mod screen;
 mod stored;
+mod t5;
 mod ternary;
 
+pub(super) use lookup::lookup_totals;
 pub(super) use screen::screen_totals;
 pub(super) use stored::stored_dots;
+pub(super) use t5::t5_to_t2;
 pub(super) use ternary::t2_totals;
 
 use super::{
@@ -19,11 +23,6 @@ use crate::{
     format::Rotation,
     ops::{ClampedSwiGlu, StoredFloat},
 };
-
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
-    math::t5_to_t2(t5, in_features, t2);
-}
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {

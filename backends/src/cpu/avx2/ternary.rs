@@ -44,13 +44,7 @@ const fn pick_scales() -> [[u8; 32]; 2 * CHUNK] {
 pub(in crate::cpu) fn t2_totals(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
     let count = totals.len() / tokens.len().max(1);
     // What the unchecked loads below rely on.
-    assert!(rows.codes.len() >= count * 4 * rows.blocks, "codes of the rows");
-    let padded = rows.blocks.next_multiple_of(SUM_LANES);
-    assert!(rows.scales.is_none_or(|scales| scales.len() >= count * padded), "scales of the rows");
-    for token in tokens {
-        assert!(token.quads.len() >= rows.blocks.div_ceil(QUAD_BLOCKS), "activations of a token");
-        assert!(token.block_sums.len() >= padded, "sums of a token");
-    }
+    rows.check(count, tokens);
     match (tokens, rows.scales) {
         ([], _) => {}
         ([token], None) => one_token::<false>(rows, token, totals),
@@ -91,9 +85,9 @@ fn sum(token: &Token<'_>) -> i32 {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn row_tile<const R: usize, const SCALED: bool>(rows: &T2Rows<'_>, first: usize, token: &Token<'_>) -> [i32; R] {
     let zero = _mm256_setzero_si256();
-    let (bytes, padded) = (16 * rows.blocks, rows.blocks.next_multiple_of(SUM_LANES));
+    let (bytes, stride) = (16 * rows.blocks, rows.scale_stride);
     let codes = rows.codes.as_ptr().cast::<u8>().wrapping_add(first * bytes);
-    let scales = rows.scales.unwrap_or(&[]).as_ptr().wrapping_add(first * padded);
+    let scales = rows.scales.unwrap_or(&[]).as_ptr().wrapping_add(first * stride);
     let activations = token.quads.as_ptr().cast::<i8>();
     let whole = rows.blocks / QUAD_BLOCKS;
     let mut sums = [zero; R];
@@ -104,7 +98,7 @@ unsafe fn row_tile<const R: usize, const SCALED: bool>(rows: &T2Rows<'_>, first:
             unsafe {
                 let block_sums = _mm256_loadu_si256(token.block_sums.as_ptr().add(QUAD_BLOCKS * start).cast());
                 for r in 0..R {
-                    let scales = _mm_loadu_si128(scales.add(r * padded + QUAD_BLOCKS * start).cast());
+                    let scales = _mm_loadu_si128(scales.add(r * stride + QUAD_BLOCKS * start).cast());
                     part.scales[r] = _mm256_broadcastsi128_si256(scales);
                     let surplus = _mm256_madd_epi16(block_sums, _mm256_cvtepu8_epi16(scales));
                     sums[r] = _mm256_sub_epi32(sums[r], _mm256_slli_epi32::<2>(surplus));
@@ -219,9 +213,9 @@ unsafe fn token_tile<const T: usize, const SCALED: bool>(
     totals: &mut [i32],
 ) {
     let zero = _mm256_setzero_si256();
-    let (bytes, padded) = (16 * rows.blocks, rows.blocks.next_multiple_of(SUM_LANES));
+    let (bytes, padded) = (16 * rows.blocks, rows.padded());
     let codes = rows.codes.as_ptr().cast::<u8>().wrapping_add(row * bytes);
-    let scales = rows.scales.unwrap_or(&[]).as_ptr().wrapping_add(row * padded);
+    let scales = rows.scales.unwrap_or(&[]).as_ptr().wrapping_add(row * rows.scale_stride);
     let activations: [*const i8; T] = std::array::from_fn(|t| tokens[t].quads.as_ptr().cast());
     let whole = rows.blocks / QUAD_BLOCKS;
     let mut sums = [zero; T];

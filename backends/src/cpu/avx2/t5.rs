@@ -1,0 +1,62 @@
+//! t5 rows rewritten as t2: 16 neighbouring weights are the same digit of 16 neighbouring bytes.
+
+use std::arch::x86_64::*;
+
+use super::super::math::FRACTION;
+use crate::format::{BLOCK, T2_BLOCK_BYTES};
+
+/// Weights that are read together.
+const RUN: usize = 16;
+
+/// One t5 row of `in_features` weights rewritten as t2, padding included.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in crate::cpu) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
+    let (t5, t2) = (bytemuck::cast_slice::<_, u8>(t5), bytemuck::cast_slice_mut::<_, u8>(t2));
+    let (mut digit, mut byte) = (0, 0);
+    for (n, block) in t2.as_chunks_mut::<T2_BLOCK_BYTES>().0.iter_mut().enumerate() {
+        let runs = t5.get(byte..).and_then(|rest| rest.first_chunk::<BLOCK>());
+        let quarters = match (runs, FRACTION.get(digit)) {
+            (Some(runs), Some(fraction)) => quarters(runs, *fraction),
+            _ => one_by_one(t5, byte, digit, in_features - n * BLOCK),
+        };
+        let lower = _mm256_or_si256(quarters[0], _mm256_slli_epi16::<2>(quarters[1]));
+        let upper = _mm256_or_si256(quarters[2], _mm256_slli_epi16::<2>(quarters[3]));
+        let codes = _mm256_or_si256(lower, _mm256_slli_epi16::<4>(upper));
+        let codes = _mm_packus_epi16(_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
+        *block = bytemuck::cast(codes);
+        byte += BLOCK;
+        while byte >= t5.len() {
+            byte -= t5.len();
+            digit += 1;
+        }
+    }
+}
+
+/// The same digit of 64 bytes, as 16-bit numbers.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn quarters(bytes: &[u8; BLOCK], fraction: u16) -> [__m256i; 4] {
+    [0, 16, 32, 48].map(|at| {
+        let run = &bytes[at..at + RUN];
+        // SAFETY: the slice has 16 bytes.
+        let bytes = _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(run.as_ptr().cast()) });
+        let leading = _mm256_mullo_epi16(bytes, _mm256_set1_epi16(fraction as i16));
+        _mm256_mulhi_epu16(leading, _mm256_set1_epi16(3))
+    })
+}
+
+/// The codes of at most `left` weights from a byte and digit on, where a digit or the row ends in between; then 1.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn one_by_one(t5: &[u8], mut byte: usize, mut digit: usize, left: usize) -> [__m256i; 4] {
+    let mut codes = [1u16; BLOCK];
+    for code in codes.iter_mut().take(left) {
+        while byte >= t5.len() {
+            byte -= t5.len();
+            digit += 1;
+        }
+        let leading = u16::from(t5[byte]).wrapping_mul(FRACTION[digit]);
+        *code = u16::from(leading > 21_845) + u16::from(leading > 43_690);
+        byte += 1;
+    }
+    bytemuck::cast(codes)
+}
