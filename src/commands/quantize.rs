@@ -7,7 +7,7 @@ use clap::Args;
 use ternoss::{
     Cpu,
     backends::CodeFormat,
-    calib::{self, ACTIVATION_MEMORY, DISTILLATION_RATE, Method, QuantizeOptions, Steps, check, quantize},
+    calib::{self, DISTILLATION_RATE, Method, QuantizeOptions, Steps, check, quantize},
     model::{Checkpoint, GptOssConfig},
     quant::{Granularity, TernaryConfig},
 };
@@ -21,7 +21,7 @@ use crate::progress::{Progress, Unit};
 /// Make a model ternary and write it to a folder
 ///
 /// Streams the checkpoint layer by layer. Without a calibration text (absmean) peak memory for gpt-oss-20b is 0.8 GB; with one,
-/// the text's activations come on top: about 100 kB a token for gpt-oss-20b.
+/// statistics of what the layers see come on top, and --activation-memory for the text's activations.
 #[derive(Args)]
 pub(crate) struct QuantizeArgs {
     #[command(flatten)]
@@ -69,7 +69,7 @@ pub(crate) struct QuantizeArgs {
     target_size: Option<u64>,
     /// Memory for what is kept of the calibration text, such as 500MB; the rest goes to disk, beside the unfinished output. The
     /// result is the same
-    #[arg(long, value_name = "SIZE", default_value_t = ACTIVATION_MEMORY, value_parser = byte_size)]
+    #[arg(long, value_name = "SIZE", default_value = "2GB", value_parser = byte_size)]
     activation_memory: u64,
     /// Replace the output folder if it exists
     #[arg(long)]
@@ -178,4 +178,29 @@ fn chosen(options: &QuantizeOptions, config: &GptOssConfig) -> String {
     let all = config.num_local_experts;
     let kept = options.keep_experts.unwrap_or(all);
     format!("to fit that size: embedding and output layer {tables}, {kept} of {all} experts a layer")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use ternoss::calib::ACTIVATION_MEMORY;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: QuantizeArgs,
+    }
+
+    #[test]
+    fn the_memory_for_activations_is_the_librarys_unless_given() {
+        let memory = |more: &[&str]| {
+            let words = [&["quantize", "--model", "model", "--output", "output"], more].concat();
+            Program::try_parse_from(words).map(|program| program.args.activation_memory).ok()
+        };
+        assert_eq!(memory(&[]), Some(ACTIVATION_MEMORY));
+        assert_eq!(memory(&["--activation-memory", "1.5MiB"]), Some(3 << 19));
+        assert_eq!(memory(&["--activation-memory", "much"]), None);
+    }
 }

@@ -187,6 +187,10 @@ pub(crate) fn rms<B: Backend>(values: &Tensor<B, 1>) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use burn::{
+        module::{Module, Param},
+        optim::{AdamConfig, GradientsParams, Optimizer},
+    };
     use burn_flex::Flex;
 
     use super::*;
@@ -202,5 +206,57 @@ mod tests {
         let found = host(tuned.value(0).inner());
         // The first step of Adam has the learning rate's size, here in units of 2.
         assert!((found[0] - 1.98).abs() < 1e-4 && (found[1] + 2.02).abs() < 1e-4, "{found:?}");
+    }
+
+    /// A vector to tune, and gradients for it.
+    fn example() -> (Tuned<Flex>, impl Fn(usize) -> Tensor<Flex, 1>) {
+        let vector = |values: [f32; 3]| Tensor::<Flex, 1>::from_floats(values, &Default::default());
+        let gradient = move |step: usize| vector([0.3, -1e-3, 7.0].map(|x: f32| x * (step as f32 * 1.7).sin()));
+        (Tuned::vector(vector([1.0, -2.0, 0.5])), gradient)
+    }
+
+    #[test]
+    fn steps_are_those_of_burns_adam_bit_for_bit() {
+        let (mut tuned, gradient) = example();
+        let mut module = Vector { values: Param::from_tensor(tuned.deltas[0].value.clone().detach()) };
+        let config = AdamConfig::new().with_beta_1(BETA_1).with_beta_2(BETA_2).with_epsilon(EPSILON);
+        let mut optimizer = config.init::<Autodiff<Flex>, Vector<Autodiff<Flex>>>();
+        for step in 0..20 {
+            let rate = 1e-3 / (step + 1) as f64;
+            tuned.step(rate, vec![Some(gradient(step))]);
+            let mut gradients = GradientsParams::new();
+            gradients.register::<Flex, 1>(module.values.id, gradient(step));
+            module = optimizer.step(rate, module, gradients);
+            let expected = module.values.val().inner();
+            assert_eq!(host(tuned.deltas[0].value.clone().inner()), host(expected), "step {step}");
+        }
+    }
+
+    #[derive(Module, Debug)]
+    struct Vector<B: Backend> {
+        values: Param<Tensor<B, 1>>,
+    }
+
+    #[test]
+    fn saved_tensors_go_on_with_the_same_bits() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.bin");
+        let (mut whole, gradient) = example();
+        let (mut resumed, _) = example();
+        for step in 0..10 {
+            // No gradient for the first one: it has no moments then.
+            let gradient = (step > 0).then(|| gradient(step));
+            let mut file = SnapshotWriter::create(&path).unwrap();
+            resumed.save(&mut file).unwrap();
+            file.finish().unwrap();
+            resumed = example().0;
+            let mut file = SnapshotReader::open(&path).unwrap();
+            resumed.load(&mut file).unwrap();
+            file.end().unwrap();
+            for tuned in [&mut whole, &mut resumed] {
+                tuned.step(0.01, vec![gradient.clone()]);
+            }
+            assert_eq!(host(resumed.value(0).inner()), host(whole.value(0).inner()), "step {step}");
+        }
     }
 }

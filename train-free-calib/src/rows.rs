@@ -275,3 +275,90 @@ impl Drop for Spill {
         let _ = fs::remove_file(&self.path);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+
+    /// Blocks of four rows of three floats, the last one shorter.
+    fn rows(memory: &Arc<ActivationMemory>) -> Rows<Flex> {
+        let mut rows = Rows::new(memory, [4, 3], &Default::default());
+        for first in [0, 4, 8] {
+            let count = (11 - first).min(4);
+            let values: Vec<f32> = (first * 3..(first + count) * 3).map(|i| (i as f32).sin()).collect();
+            rows.push(Tensor::from_data(TensorData::new(values, [count, 3]), &Default::default())).unwrap();
+        }
+        rows
+    }
+
+    fn all(rows: &Rows<Flex>) -> Vec<f32> {
+        (0..rows.blocks()).flat_map(|number| host(rows.get(number).unwrap())).collect()
+    }
+
+    #[test]
+    fn rows_are_the_same_in_memory_and_on_disk_and_nothing_is_left_of_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let spilled = || fs::read_dir(folder.path()).unwrap().count();
+        // All in memory, two blocks, one, none.
+        for (limit, files) in [(u64::MAX, 0), (96, 1), (95, 1), (0, 1)] {
+            let memory = ActivationMemory::new(folder.path(), limit);
+            let mut rows = rows(&memory);
+            assert_eq!((rows.blocks(), spilled()), (3, files), "{limit}");
+            let expected: Vec<f32> = (0..33).map(|i| (i as f32).sin()).collect();
+            assert_eq!(all(&rows), expected, "{limit}");
+            let picked = host(rows.rows(&[1, 2, 4, 7, 10]).unwrap());
+            let of = |row: usize| expected[row * 3..row * 3 + 3].to_vec();
+            assert_eq!(picked, [of(1), of(2), of(4), of(7), of(10)].concat(), "{limit}");
+            assert_eq!(rows.rows(&[]).unwrap().dims(), [0, 3]);
+
+            let wider = rows.map(6, |_, x| Ok(Tensor::cat(vec![x.clone(), x], 1))).unwrap();
+            assert_eq!(host(wider.rows(&[9]).unwrap()), [of(9), of(9)].concat(), "{limit}");
+            rows.update(|number, x| Ok(x + number as f32)).unwrap();
+            let moved: Vec<f32> = expected.iter().enumerate().map(|(i, x)| x + (i / 12) as f32).collect();
+            assert_eq!(all(&rows), moved, "{limit}");
+            drop((rows, wider));
+            assert_eq!((spilled(), memory.used.load(Ordering::Relaxed)), (0, 0), "{limit}");
+        }
+    }
+
+    #[test]
+    fn saved_rows_come_back_whole_or_are_called_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let memory = ActivationMemory::new(folder.path(), 48);
+        let (rows, path) = (rows(&memory), folder.path().join("rows.bin"));
+        let mut file = SnapshotWriter::create(&path).unwrap();
+        rows.save(&mut file).unwrap();
+        assert!(!path.exists(), "half written");
+        file.finish().unwrap();
+        let load = |blocks| {
+            let mut loaded = Rows::<Flex>::new(&memory, [1, 3], &Default::default());
+            let mut file = SnapshotReader::open(&path).unwrap();
+            loaded.load(&mut file, blocks).and_then(|()| file.end()).map(|()| all(&loaded))
+        };
+        assert_eq!(load(11).unwrap(), all(&rows));
+        for blocks in [10, 12] {
+            assert!(matches!(load(blocks), Err(CalibError::Damaged { name }) if name == "rows.bin"), "{blocks}");
+        }
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_removed_and_other_files_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["spill-00000.bin", "spill-00007.bin", "step-00000.json"] {
+            fs::write(folder.path().join(name), "left").unwrap();
+        }
+        ActivationMemory::new(folder.path(), 0);
+        let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["step-00000.json"]);
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_an_error_with_the_files_name() {
+        let memory = ActivationMemory::new(Path::new("/nowhere"), 0);
+        let mut rows = Rows::<Flex>::new(&memory, [1, 1], &Default::default());
+        let error = rows.push(Tensor::zeros([1, 1], &Default::default())).unwrap_err();
+        assert!(matches!(&error, CalibError::Spill { .. }) && error.to_string().contains("spill-00000.bin"), "{error}");
+    }
+}
