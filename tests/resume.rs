@@ -17,7 +17,7 @@ use support::{example, ternoss_err, ternoss_ok};
 
 /// `method` may have options behind it.
 fn arguments(output: &Path, method: &str) -> Vec<String> {
-    let mut words = method.split(' ');
+    let mut words = method.split_whitespace();
     let method = words.next().unwrap();
     let (model, text) = (example("tiny-gpt-oss"), example("text/prose_test.txt"));
     let [model, text, output] = [&model, &text, output].map(|path| path.to_str().unwrap());
