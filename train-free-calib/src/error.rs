@@ -162,8 +162,8 @@ pub enum CalibError {
         /// The folder.
         folder: String,
     },
-    /// Activations that memory may not hold cannot be written, or read again.
-    #[error("{}: activations past the memory for them cannot be kept there: {source}", path.display())]
+    /// Activations past the memory for them cannot be written to disk, or read again.
+    #[error("{}: cannot keep activations on disk: {source}", path.display())]
     Spill {
         /// The file.
         path: PathBuf,
