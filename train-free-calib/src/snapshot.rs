@@ -44,7 +44,7 @@ impl SnapshotWriter {
             file.flush().and_then(|()| file.get_ref().sync_all()).and_then(|()| fs::rename(&temporary, &path));
         written.map_err(|source| failed(&temporary, source))?;
         let folder = path.parent().unwrap_or(Path::new("."));
-        Ok(File::open(folder).and_then(|folder| folder.sync_all()).map_err(|source| failed(folder, source))?)
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(|source| failed(folder, source))
     }
 }
 
