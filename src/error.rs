@@ -44,8 +44,14 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
     if error.chain().any(|cause| matches!(cause.downcast_ref(), Some(HarmonyError::NoMark { .. }))) {
         return Some("without --chat, the prompt is plain text to go on from");
     }
-    if let Some(CalibError::TargetSize { .. }) = error.chain().find_map(|cause| cause.downcast_ref::<CalibError>()) {
-        return Some("--format t5 --group-size row is the smallest packing, with one plane");
+    match error.chain().find_map(|cause| cause.downcast_ref::<CalibError>()) {
+        Some(CalibError::TargetSize { .. }) => {
+            return Some("--format t5 --group-size row is the smallest packing, with one plane");
+        }
+        Some(CalibError::Spill { .. }) if io_kind(error) == Some(io::ErrorKind::StorageFull) => {
+            return Some("free some space, or keep more in memory with --activation-memory");
+        }
+        _ => {}
     }
     let checkpoint = error.chain().find_map(|cause| {
         let inner = cause.downcast_ref::<CalibError>().and_then(|calib| match calib {

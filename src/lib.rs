@@ -5,7 +5,7 @@
 //! | module | crate | what it holds |
 //! |---|---|---|
 //! | [`backends`] | `ternoss-backends` | packed formats, and the kernels registered per Burn backend |
-//! | [`quant`] | `ternoss-quant` | absmean, absmax, MXFP4, the `BitLinear` module |
+//! | [`quant`] | `ternoss-quant` | absmean, MXFP4, the `BitLinear` module |
 //! | [`model`] | `ternoss-model` | GPT-OSS as Burn modules, checkpoints, tokenizer, generation |
 //! | [`calib`] | `ternoss-calib` | quantization methods and the streaming pipeline |
 //!

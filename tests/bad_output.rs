@@ -179,7 +179,9 @@ fn a_full_disk_is_told_and_nothing_half_written_stays() {
 /// activations, in later layers, and at the end.
 #[test]
 fn a_full_disk_is_told_in_a_calibration() {
-    for size in ["8k", "300k", "700k", "1100k", "1200k", "1250k"] {
+    let sizes = ["8k", "300k", "700k", "1100k", "1200k", "1250k"].map(|size| (size, "2GB"));
+    // Without memory for them, the activations are on that disk from the beginning.
+    for (size, memory) in sizes.into_iter().chain([("300k", "1B"), ("900k", "1B"), ("1250k", "1B")]) {
         let folder = tempfile::tempdir().unwrap();
         let Some(disk) = SmallDisk::mount(folder.path(), size) else {
             println!("skipped: mounting a small file system is not permitted here");
@@ -187,7 +189,7 @@ fn a_full_disk_is_told_in_a_calibration() {
         };
         let (model, output) = (example("tiny-gpt-oss"), disk.0.join("output"));
         let args = ["quantize", "--model", utf8(&model), "--output", utf8(&output)];
-        let few = ["--calibration-tokens", "256", "--calibration-context", "128"];
+        let few = ["--calibration-tokens", "256", "--calibration-context", "128", "--activation-memory", memory];
         let args: Vec<String> = [&args[..], &few].concat().iter().map(ToString::to_string).collect();
         told_of_a_full_disk(&disk, size, &args);
     }

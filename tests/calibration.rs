@@ -94,6 +94,29 @@ fn bytes_do_not_depend_on_the_number_of_threads() {
 }
 
 #[test]
+fn bytes_do_not_depend_on_the_memory_for_activations() {
+    let folder = tempfile::tempdir().unwrap();
+    let gradients = ["--keep-experts", "4", "--table-planes", "2", "--reconstruction", "2", "--distill", "2"];
+    let pruned = ["--method", "absmean", "--keep-experts", "3"];
+    for (name, options) in [("plain", &[][..]), ("gradients", &gradients), ("pruned", &pruned)] {
+        // Everything in memory, some of it, nothing.
+        let [most, some, none] = ["2GB", "1MB", "1B"].map(|memory| {
+            let output = folder.path().join(format!("{name}-{memory}"));
+            let output = calibrated(output, &[options, &["--activation-memory", memory]].concat());
+            let files = listing(&output).into_iter();
+            files.map(|name| (fs::read(output.join(&name)).unwrap(), name)).collect::<Vec<_>>()
+        });
+        for other in [some, none] {
+            assert_eq!(most.len(), other.len(), "{name}");
+            let differs = most.iter().zip(&other).find(|(a, b)| a != b).map(|(a, _)| &a.1);
+            assert_eq!(differs, None, "{name}");
+        }
+    }
+    let left: Vec<_> = listing(folder.path()).into_iter().filter(|name| name.contains('.')).collect();
+    assert_eq!(left, [] as [&str; 0]);
+}
+
+#[test]
 fn a_calibration_that_cannot_be_done_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (output, text) = (folder.path().join("output"), folder.path().join("text"));

@@ -17,7 +17,7 @@ use support::{example, ternoss_err, ternoss_ok};
 
 /// `method` may have options behind it.
 fn arguments(output: &Path, method: &str) -> Vec<String> {
-    let mut words = method.split(' ');
+    let mut words = method.split_whitespace();
     let method = words.next().unwrap();
     let (model, text) = (example("tiny-gpt-oss"), example("text/prose_test.txt"));
     let [model, text, output] = [&model, &text, output].map(|path| path.to_str().unwrap());
@@ -105,6 +105,40 @@ fn a_calibration_killed_again_and_again_gives_the_same_bytes() {
 }
 
 #[test]
+fn a_calibration_on_disk_killed_again_and_again_gives_the_same_bytes() {
+    kills_change_nothing("ternoss --activation-memory 1B");
+}
+
+#[test]
+fn a_distillation_killed_again_and_again_gives_the_same_bytes() {
+    kills_change_nothing("absmean --calibration-tokens 2688 --calibration-context 128 --distill 24");
+}
+
+#[test]
+fn a_distillation_goes_on_from_the_state_it_was_killed_at() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, output) = (folder.path().join("whole"), folder.path().join("output"));
+    let method = "absmean --calibration-tokens 2688 --calibration-context 128 --distill 12";
+    quantize(&whole, method);
+    let state = folder.path().join("output.partial/distillation-state.bin");
+    assert!(killed(&arguments(&output, method), || state.exists()), "the run ended before it could be killed");
+    let refused = |options: &str, reason: &str| {
+        let arguments = arguments(&output, &format!("{method} {options}"));
+        let error = ternoss_err(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(error.contains(reason), "{error}");
+    };
+    refused("--distill-rate 0.5", "learning rate was");
+    let saved = fs::read(&state).unwrap();
+    // It is read, and what is left of it not taken for the whole.
+    fs::write(&state, &saved[..saved.len() - 1]).unwrap();
+    refused("", "distillation-state.bin in the unfinished output is damaged");
+    fs::write(&state, &saved).unwrap();
+    quantize(&output, method);
+    assert_same(&whole, &output);
+    assert!(!folder.path().join("output.undistilled").exists() && !folder.path().join("output.partial").exists());
+}
+
+#[test]
 fn rounding_killed_again_and_again_gives_the_same_bytes() {
     kills_change_nothing("absmean");
 }
@@ -189,10 +223,12 @@ fn what_a_killed_run_left_is_not_in_the_model() {
     // As after a kill between a note and the removal of what came before it.
     fs::write(partial.join("activations-00000.bin"), "stale").unwrap();
     fs::write(partial.join("step-00004.json.tmp"), "half").unwrap();
+    fs::write(partial.join("activations-00004.bin.tmp"), "half").unwrap();
+    fs::write(partial.join("spill-00099.bin"), "stale").unwrap();
     quantize(&output, "ternoss");
     let extra = |name: &PathBuf| {
         let name = name.to_string_lossy().into_owned();
-        ["activations", "step-", "resume", "lock"].iter().any(|prefix| name.starts_with(prefix))
+        ["activations", "spill-", "step-", "resume", "lock"].iter().any(|prefix| name.starts_with(prefix))
     };
     assert_eq!(contents(&output).keys().find(|name| extra(name)), None);
 }

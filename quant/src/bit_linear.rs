@@ -8,9 +8,9 @@ use burn::{
 };
 use ternoss_backends::{FormatError, TernaryBackend, reference::rotate, round_activations, ternary_linear};
 
-use crate::{PackedTernary, TernaryConfig, TernaryTensor, absmax, absmean};
+use crate::{PackedTernary, TernaryConfig, TernaryTensor, absmean};
 
-/// `y = Q8(x) T(W)^T + b`: 8-bit activations, one scale a token ([`absmax`]), times ternary weights ([`mod@absmean`]).
+/// `y = Q8(x) T(W)^T + b`: 8-bit activations, one scale a token ([`round_activations`]), times ternary weights ([`mod@absmean`]).
 ///
 /// The weight is *latent* (float, ternarized anew in every forward pass, straight-through gradient: for training and
 /// calibration) or *packed* (codes and scales, for inference). Both compute the same function: equal codes, outputs
@@ -62,7 +62,8 @@ impl<B: Backend> LatentWeight<B> {
         }
         let frozen = latent.clone().detach();
         let ternary = absmean(frozen.clone(), self.config.granularity).to_dense();
-        absmax::straight_through(latent, frozen, ternary)
+        // The difference is exactly zero for finite numbers, so the value passes unchanged to the last bit.
+        ternary + (latent - frozen)
     }
 }
 

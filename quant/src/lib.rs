@@ -3,7 +3,6 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`mod@absmean`] | weights to trits and scales: `a = mean|W|`, `t = clip(round(W/a), -1, 1)` |
-//! | [`absmax`] | activations to 8 bits: `s = max|x|/127`, `q = clamp(round(x/s), -127, 127)` |
 //! | [`ternary_tensor`] | packed trits and scales as a Burn module |
 //! | [`bit_linear`] | [`BitLinear`]: a linear layer whose weight is latent (trainable) or packed |
 //! | [`linear`] | [`Linear`]: a linear layer that is dense or ternary |
@@ -27,7 +26,6 @@
 //! ```
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
-pub mod absmax;
 pub mod absmean;
 pub mod bit_linear;
 pub mod linear;

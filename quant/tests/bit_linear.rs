@@ -8,8 +8,8 @@ use burn::{
     tensor::{Tensor, TensorData, backend::Backend},
 };
 use proptest::prelude::*;
-use ternoss_backends::{CodeFormat, Rotation, TernaryBackend, reference::rotate};
-use ternoss_quant::{BitLinear, BitWeight, Granularity, Linear, TernaryConfig, absmax, absmean};
+use ternoss_backends::{CodeFormat, Rotation, TernaryBackend, reference::rotate, round_activations};
+use ternoss_quant::{BitLinear, BitWeight, Granularity, Linear, TernaryConfig, absmean};
 
 type Flex = burn_flex::Flex;
 type NdArray = burn_ndarray::NdArray;
@@ -228,7 +228,7 @@ fn latent_gradients_pass_straight_through() {
     let upstream = (y.inner() - target.inner()) * 2.0;
 
     let BitWeight::Latent(latent) = &layer.weight else { panic!("latent") };
-    let x_quantized = absmax::fake_quantize(x.clone().inner());
+    let x_quantized = round_activations(x.clone().inner(), None);
     let ternary = absmean(latent.weight.val().inner(), Granularity::Group(64)).to_dense();
     let close = |what: &str, found: Tensor<Flex, 2>, expected: Tensor<Flex, 2>| {
         let error = (found - expected).abs().max().into_scalar();
@@ -313,7 +313,7 @@ proptest! {
         let inputs = values.len();
         let x = Tensor::<Flex, 2>::from_data(TensorData::new(values.clone(), [1, inputs]), &Default::default());
         let step = values.iter().fold(0f32, |max, value| max.max(value.abs())) / 127.0;
-        for (found, value) in host(absmax::fake_quantize(x)).iter().zip(&values) {
+        for (found, value) in host(round_activations(x, None)).iter().zip(&values) {
             prop_assert!((found - value).abs() <= step * 0.501);
         }
     }

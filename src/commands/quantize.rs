@@ -7,7 +7,7 @@ use clap::Args;
 use ternoss::{
     Cpu,
     backends::CodeFormat,
-    calib::{self, LEARNING_RATE, Method, QuantizeOptions, Steps, check, quantize},
+    calib::{self, DISTILLATION_RATE, Method, QuantizeOptions, Steps, check, quantize},
     model::{Checkpoint, GptOssConfig},
     quant::{Granularity, TernaryConfig},
 };
@@ -21,7 +21,7 @@ use crate::progress::{Progress, Unit};
 /// Make a model ternary and write it to a folder
 ///
 /// Streams the checkpoint layer by layer. Without a calibration text (absmean) peak memory for gpt-oss-20b is 0.8 GB; with one,
-/// the text's activations come on top: about 100 kB a token for gpt-oss-20b.
+/// statistics of what the layers see come on top, and --activation-memory for the text's activations.
 #[derive(Args)]
 pub(crate) struct QuantizeArgs {
     #[command(flatten)]
@@ -50,8 +50,8 @@ pub(crate) struct QuantizeArgs {
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_value_t = 0, default_missing_value = "100")]
     distill: usize,
     /// Highest learning rate of distillation: the share of itself by which a scale moves in a step; small models take more
-    #[arg(long, value_name = "RATE", default_value_t = LEARNING_RATE, value_parser = learning_rate)]
-    learning_rate: f64,
+    #[arg(long, alias = "learning-rate", value_name = "RATE", default_value_t = DISTILLATION_RATE, value_parser = rate)]
+    distill_rate: f64,
     /// Inputs per scale (a multiple of 64), "row" for one scale a row, "tensor" for one a matrix
     #[arg(long, default_value = "64", value_parser = granularity)]
     group_size: Granularity,
@@ -67,6 +67,10 @@ pub(crate) struct QuantizeArgs {
     /// Size of the whole folder, such as 1.5GB: makes embedding and output layer ternary and drops experts until it fits
     #[arg(long, value_name = "SIZE", value_parser = byte_size)]
     target_size: Option<u64>,
+    /// Memory for what is kept of the calibration text, such as 500MB; the rest goes to disk, beside the unfinished output. The
+    /// result is the same
+    #[arg(long, value_name = "SIZE", default_value = "2GB", value_parser = byte_size)]
+    activation_memory: u64,
     /// Replace the output folder if it exists
     #[arg(long)]
     overwrite: bool,
@@ -75,7 +79,7 @@ pub(crate) struct QuantizeArgs {
     json: bool,
 }
 
-fn learning_rate(text: &str) -> Result<f64, String> {
+fn rate(text: &str) -> Result<f64, String> {
     let positive = |rate: &f64| rate.is_finite() && *rate > 0.0;
     text.parse().ok().filter(positive).ok_or_else(|| "expected a number above 0".into())
 }
@@ -102,10 +106,11 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         planes: args.planes,
         bits_per_weight: args.bits_per_weight,
         distill: args.distill,
-        learning_rate: args.learning_rate,
+        distillation_rate: args.distill_rate,
         table_planes: args.table_planes,
         keep_experts: args.keep_experts,
         target_size: args.target_size,
+        activation_memory: args.activation_memory,
         overwrite: args.overwrite,
     };
     let options = options.resolved(&checkpoint)?;
@@ -154,9 +159,12 @@ pub(super) fn with_progress<T>(
             layers.get_or_init(|| Progress::new("sensitivity", total, Unit::Count("layers"))).advance(1);
         }
         calib::Progress::Weights(count) => weights.advance(count as u64),
-        calib::Progress::Distilled { divergence } => {
-            tracing::info!("divergence {divergence:.4}");
-            steps.get_or_init(|| Progress::new("distill", options.distill as u64, Unit::Count("steps"))).advance(1);
+        calib::Progress::Distilled { steps: done, divergence } => {
+            if let Some(divergence) = divergence {
+                tracing::info!("divergence {divergence:.4}");
+            }
+            let progress = || Progress::new("distill", options.distill as u64, Unit::Count("steps"));
+            steps.get_or_init(progress).advance(done as u64);
         }
     })
 }
@@ -170,4 +178,29 @@ fn chosen(options: &QuantizeOptions, config: &GptOssConfig) -> String {
     let all = config.num_local_experts;
     let kept = options.keep_experts.unwrap_or(all);
     format!("to fit that size: embedding and output layer {tables}, {kept} of {all} experts a layer")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use ternoss::calib::ACTIVATION_MEMORY;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: QuantizeArgs,
+    }
+
+    #[test]
+    fn the_memory_for_activations_is_the_librarys_unless_given() {
+        let memory = |more: &[&str]| {
+            let words = [&["quantize", "--model", "model", "--output", "output"], more].concat();
+            Program::try_parse_from(words).map(|program| program.args.activation_memory).ok()
+        };
+        assert_eq!(memory(&[]), Some(ACTIVATION_MEMORY));
+        assert_eq!(memory(&["--activation-memory", "1.5MiB"]), Some(3 << 19));
+        assert_eq!(memory(&["--activation-memory", "much"]), None);
+    }
 }

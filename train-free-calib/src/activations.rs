@@ -1,72 +1,116 @@
 //! What calibration computes with: the residual streams of both models.
 
-use burn::tensor::{Tensor, TensorData};
-use ternoss_backends::TernaryBackend;
-use ternoss_model::{Checkpoint, table::Table};
+use std::{path::Path, sync::Arc};
 
-use crate::{CalibError, Calibration, distill::embed, solution::host};
+use burn::{
+    nn::RmsNorm,
+    tensor::{Tensor, TensorData},
+};
+use ternoss_backends::TernaryBackend;
+use ternoss_model::table::Table;
+
+use crate::{
+    CalibError, Calibration,
+    rows::{ActivationMemory, Rows},
+    snapshot::{SnapshotReader, SnapshotWriter},
+};
 
 /// The residual stream of every window of the calibration text, `[tokens, hidden]` each: as the full-precision model has
 /// it, and as the model has it whose layers so far are ternary.
 pub(crate) struct Activations<B: TernaryBackend> {
-    pub(crate) teacher: Vec<Tensor<B, 2>>,
-    pub(crate) student: Vec<Tensor<B, 2>>,
+    pub(crate) teacher: Rows<B>,
+    /// Without rows where only the full-precision model is looked at.
+    pub(crate) student: Rows<B>,
     /// How many of the windows are calibrated on; the others come after them and are held out.
     pub(crate) calibrated: usize,
 }
 
+/// Which residual streams there are.
+pub(crate) struct Streams<'a, B: TernaryBackend> {
+    pub(crate) memory: Arc<ActivationMemory>,
+    pub(crate) calibration: &'a Calibration,
+    pub(crate) hidden: usize,
+    /// Whether the ternary model is looked at: otherwise the full-precision one is, on what is calibrated on.
+    pub(crate) student: bool,
+    pub(crate) device: &'a B::Device,
+}
+
+impl<B: TernaryBackend> Streams<'_, B> {
+    /// The streams before the first layer, from the embeddings of both models.
+    pub(crate) fn embed(&self, teacher: &Table<B>, student: &Table<B>) -> Result<Activations<B>, CalibError> {
+        let rows = |table: &Table<B>, windows: &[Vec<u32>]| {
+            let mut rows = self.rows();
+            windows.iter().try_for_each(|window| rows.push(embed(table, window, self.device)))?;
+            Ok::<_, CalibError>(rows)
+        };
+        let windows = self.calibration.windows();
+        let [teacher_windows, student_windows] = self.windows();
+        Ok(Activations {
+            teacher: rows(teacher, &windows[..teacher_windows])?,
+            student: rows(student, &windows[..student_windows])?,
+            calibrated: self.calibration.calibrated(),
+        })
+    }
+
+    /// The streams that [`Activations::save`] wrote.
+    pub(crate) fn load(&self, path: &Path) -> Result<Activations<B>, CalibError> {
+        let mut file = SnapshotReader::open(path)?;
+        let (mut teacher, mut student) = (self.rows(), self.rows());
+        let [teacher_windows, student_windows] = self.windows();
+        teacher.load(&mut file, teacher_windows)?;
+        student.load(&mut file, student_windows)?;
+        file.end()?;
+        Ok(Activations { teacher, student, calibrated: self.calibration.calibrated() })
+    }
+
+    fn rows(&self) -> Rows<B> {
+        Rows::new(&self.memory, [self.calibration.context(), self.hidden], self.device)
+    }
+
+    /// Windows of teacher and student.
+    fn windows(&self) -> [usize; 2] {
+        let all = self.calibration.windows().len();
+        if self.student { [all; 2] } else { [self.calibration.calibrated(), 0] }
+    }
+}
+
 impl<B: TernaryBackend> Activations<B> {
-    /// The residual stream before the first layer, both from the checkpoint's embedding.
-    pub(crate) fn embed(
-        checkpoint: &Checkpoint,
-        calibration: &Calibration,
-        device: &B::Device,
-    ) -> Result<Self, CalibError> {
-        let table = Table::<B>::embedding(checkpoint, device)?;
-        let embed = |window: &Vec<u32>| embed(&table, window, device);
-        let teacher: Vec<_> = calibration.windows().iter().map(embed).collect();
-        Ok(Self { student: teacher.clone(), teacher, calibrated: calibration.calibrated() })
-    }
-
-    /// Starts the ternary model's stream from its own embedding.
-    pub(crate) fn embed_student(&mut self, embedding: &Table<B>, calibration: &Calibration, device: &B::Device) {
-        self.student = calibration.windows().iter().map(|window| embed(embedding, window, device)).collect();
-    }
-
-    /// Leaves the full-precision stream of what is calibrated on: enough where only that model is looked at.
-    pub(crate) fn without_student(mut self) -> Self {
-        self.student.clear();
-        self.teacher.truncate(self.calibrated);
-        self
-    }
-
-    /// Both streams as bytes, to go on from after an interruption.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        let windows = self.teacher.iter().chain(&self.student);
-        windows.flat_map(|window| host(window.clone())).flat_map(f32::to_le_bytes).collect()
-    }
-
-    /// Takes over what [`to_bytes`](Self::to_bytes) gave; `false` if it is not of this size.
-    pub(crate) fn set_bytes(&mut self, bytes: &[u8]) -> bool {
-        let (floats, rest) = bytes.as_chunks::<4>();
-        let sizes = self.teacher.iter().chain(&self.student).map(|window| window.dims());
-        if !rest.is_empty() || floats.len() != sizes.map(|[tokens, hidden]| tokens * hidden).sum::<usize>() {
-            return false;
-        }
-        let mut left = floats;
-        for window in self.teacher.iter_mut().chain(&mut self.student) {
-            let shape = window.dims();
-            let (own, after) = left.split_at(shape[0] * shape[1]);
-            let values: Vec<f32> = own.iter().map(|float| f32::from_le_bytes(*float)).collect();
-            *window = Tensor::from_data(TensorData::new(values, shape), &window.device());
-            left = after;
-        }
-        true
+    /// Writes both streams to a file, to go on from after an interruption.
+    pub(crate) fn save(&self, path: &Path) -> Result<(), CalibError> {
+        let mut file = SnapshotWriter::create(path)?;
+        self.teacher.save(&mut file)?;
+        self.student.save(&mut file)?;
+        file.finish()
     }
 
     /// Tokens a window.
     pub(crate) fn context(&self) -> usize {
-        self.teacher.first().map_or(0, |window| window.dims()[0])
+        self.teacher.shape()[0]
+    }
+}
+
+/// The residual stream of a window before the first layer.
+pub(crate) fn embed<B: TernaryBackend>(table: &Table<B>, window: &[u32], device: &B::Device) -> Tensor<B, 2> {
+    let ids: Vec<i64> = window.iter().map(|id| i64::from(*id)).collect();
+    let shape = [ids.len()];
+    table.embed(Tensor::from_data(TensorData::new(ids, shape), device))
+}
+
+/// Residual streams as what stands behind a norm sees them.
+pub(crate) struct Normed<'a, B: TernaryBackend> {
+    pub(crate) streams: &'a Rows<B>,
+    pub(crate) norm: &'a RmsNorm<B>,
+}
+
+impl<B: TernaryBackend> Normed<'_, B> {
+    /// A block.
+    pub(crate) fn get(&self, number: usize) -> Result<Tensor<B, 2>, CalibError> {
+        Ok(self.norm.forward(self.streams.get(number)?))
+    }
+
+    /// Rows by number, in ascending order.
+    pub(crate) fn rows(&self, rows: &[usize]) -> Result<Tensor<B, 2>, CalibError> {
+        Ok(self.norm.forward(self.streams.rows(rows)?))
     }
 }
 

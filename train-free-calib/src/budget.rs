@@ -21,8 +21,16 @@ use ternoss_model::{
 use ternoss_quant::{BitLinear, Linear, TernaryTensor};
 
 use crate::{
-    CalibError, Calibration, Progress, Steps, activations::add_rows, distill::embed, layer::dense_linear,
-    levels::MAX_PLANES, size::layer_weights, solution::host, step::Job, ternarize::Recipe, visits::visits,
+    CalibError, Calibration, Progress, Steps,
+    activations::{add_rows, embed},
+    experts::dense_linear,
+    levels::MAX_PLANES,
+    rows::indices,
+    size::layer_weights,
+    solution::host,
+    step::Job,
+    ternarize::Recipe,
+    visits::visits,
 };
 
 /// Ternary tensors of a layer: q, k, v, o, then all gate_up and all down matrices of the experts.
@@ -206,8 +214,9 @@ impl<B: TernaryBackend> Probe<'_, B> {
         let mut output = x.zeros_like();
         // Squared change of each token's stream, for gate_up and down and every number of planes.
         let mut changes = vec![0.0f64; 2 * MAX_PLANES * tokens];
-        for (expert, visits) in visits.iter().enumerate().filter(|(_, visits)| visits.count > 0) {
-            let x = x.clone().select(0, visits.rows.clone());
+        for (expert, visits) in visits.iter().enumerate().filter(|(_, visits)| !visits.rows.is_empty()) {
+            let numbers = indices(&visits.rows, self.device);
+            let x = x.clone().select(0, numbers.clone());
             let both = ExpertMatrix::ALL.map(|matrix| {
                 let shape @ [_, rows] = matrix.shape(config);
                 let name = format!("{}_bias", matrix.path(self.number));
@@ -224,10 +233,9 @@ impl<B: TernaryBackend> Probe<'_, B> {
             let act = |x: Tensor<B, 2>| clamped_swiglu(x, config.activation());
             let hidden = act(dense.forward(x.clone()));
             let result = dense_down.forward(hidden.clone());
-            let rows: Vec<usize> = visits.rows.clone().into_data().iter::<i64>().map(|row| row as usize).collect();
             let mut note = |slot: usize, other: Tensor<B, 2>| {
                 let change = squares((other - result.clone()) * visits.weights.clone());
-                rows.iter().zip(change).for_each(|(row, change)| changes[slot * tokens + row] += change);
+                visits.rows.iter().zip(change).for_each(|(row, change)| changes[slot * tokens + row] += change);
             };
             for planes in 1..=MAX_PLANES {
                 let tried = self.ternary(gate_up.clone(), shape, Some(bias.clone()), planes)?;
@@ -236,7 +244,7 @@ impl<B: TernaryBackend> Probe<'_, B> {
                 note(MAX_PLANES + planes - 1, tried.forward(hidden.clone()));
             }
             let part = result * visits.weights.clone();
-            output = output.select_assign(0, visits.rows.clone(), part, IndexingUpdateOp::Add);
+            output = output.select_assign(0, numbers, part, IndexingUpdateOp::Add);
         }
         add_rows(streams, output);
         let power = squares(Tensor::cat(streams.to_vec(), 0));

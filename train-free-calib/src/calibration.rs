@@ -74,6 +74,11 @@ impl Calibration {
         fingerprint(numbers.flat_map(u32::to_le_bytes))
     }
 
+    /// The same for the windows that distillation learns from.
+    pub(crate) fn fingerprint_of_distilled(&self) -> u64 {
+        fingerprint(self.distilled().iter().flatten().flat_map(|token| token.to_le_bytes()))
+    }
+
     /// Tokens that are calibrated on.
     pub fn tokens(&self) -> usize {
         self.calibrated * self.context()

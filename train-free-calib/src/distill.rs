@@ -3,17 +3,19 @@
 //!
 //! Memory holds no more than one layer in floats: the backward pass goes from layer to layer, each run forward again from
 //! the inputs that were kept (gradient checkpointing, Chen et al., arXiv 1604.06174).
+//!
+//! What the full-precision model predicts from is computed once, and kept in a file beside the unfinished output; another
+//! one, written anew every few steps, holds how far everything has moved.
 
-use std::f64::consts::PI;
+use std::{f64::consts::PI, path::Path, sync::Arc};
 
 use burn::{
     module::{AutodiffModule, Module, Param},
     nn::RmsNorm,
-    optim::GradientsParams,
-    tensor::{Tensor, TensorData, activation::log_softmax},
+    tensor::{Tensor, activation::log_softmax},
 };
 use burn_autodiff::Autodiff;
-use rayon::prelude::*;
+use serde_json::json;
 use ternoss_backends::TernaryBackend;
 use ternoss_model::{
     Checkpoint, ExpertPlacement, GptOss, LoadOptions,
@@ -27,11 +29,14 @@ use ternoss_model::{
 
 use crate::{
     CalibError, Calibration,
-    activations::add_rows,
+    activations::{add_rows, embed},
+    adam::{Tuned, add},
     layer::TernaryLayer,
     report::HeldOut,
+    rows::{ActivationMemory, Rows},
+    snapshot::{SnapshotReader, SnapshotWriter},
     solution::host,
-    tuned::{Tuned, TunedLayer},
+    tuned::TunedLayer,
 };
 
 /// Windows whose gradients make a step.
@@ -39,6 +44,21 @@ pub const WINDOWS_PER_STEP: usize = 2;
 
 /// Share of the steps in which the learning rate rises.
 const WARM_UP: f64 = 0.1;
+
+/// Steps after which the state is written down.
+const STEPS_PER_SAVE: usize = 5;
+
+/// Tokens that go through the full-precision model's experts at a time: each expert is decoded once for them.
+const TOKENS_AT_ONCE: usize = 8192;
+
+/// What the full-precision model's output layer sees.
+const TARGETS_FILE: &str = "distillation-targets.bin";
+
+/// How far distillation has come.
+const STATE_FILE: &str = "distillation-state.bin";
+
+/// All files that a distillation leaves in the unfinished output.
+pub(crate) const DISTILLATION_FILES: [&str; 2] = [TARGETS_FILE, STATE_FILE];
 
 /// A model under distillation.
 pub(crate) struct Distillation<'a, B: TernaryBackend> {
@@ -54,8 +74,20 @@ pub(crate) struct Distillation<'a, B: TernaryBackend> {
     rope: RotaryEmbedding,
     /// The windows that are learned from, then those that are held out.
     texts: Vec<&'a [u32]>,
-    /// What the full-precision model's output layer sees, one tensor a window.
-    targets: Vec<Tensor<B, 2>>,
+    /// What the full-precision model's output layer sees, a block a window.
+    targets: Rows<B>,
+}
+
+/// How long, how fast, and where its files are.
+pub(crate) struct Course<'a> {
+    pub(crate) steps: usize,
+    /// Highest learning rate.
+    pub(crate) peak: f64,
+    /// The unfinished output.
+    pub(crate) folder: &'a Path,
+    pub(crate) memory: &'a Arc<ActivationMemory>,
+    /// Hears of steps that are done, and of the divergence before them.
+    pub(crate) progress: &'a dyn Fn(usize, Option<f64>),
 }
 
 /// What distillation made of a model.
@@ -76,61 +108,84 @@ impl<B: TernaryBackend> Distilled<B> {
 }
 
 impl<'a, B: TernaryBackend> Distillation<'a, B> {
-    /// Runs the full-precision model once, layer by layer, and opens the ternary one.
+    /// Runs the full-precision model once, unless an earlier run has, and opens the ternary one.
     pub(crate) fn new(
         teacher: &Checkpoint,
         student: &Checkpoint,
         calibration: &'a Calibration,
+        course: &Course<'_>,
         device: &'a B::Device,
     ) -> Result<Self, CalibError> {
         let config = teacher.config();
-        let rope = RotaryEmbedding::new(&config.rope, config.head_dim);
-        let tables = rope.tables(0..calibration.context(), device);
-        let windows = (0..config.num_hidden_layers()).map(|layer| config.window(layer)).collect::<Vec<_>>();
+        let windows = (0..config.num_hidden_layers()).map(|layer| config.window(layer)).collect();
         let options = LoadOptions { experts: ExpertPlacement::Streamed, ..LoadOptions::default() };
         let texts: Vec<_> = calibration.distilled().iter().chain(calibration.held_out()).map(Vec::as_slice).collect();
-        let embedding = Table::<B>::embedding(teacher, device)?;
-        let mut targets: Vec<_> = texts.iter().map(|text| embed(&embedding, text, device)).collect();
-        for (number, window) in windows.iter().enumerate() {
-            let layer = Layer::<B>::load(teacher, number, options, device)?;
-            targets.par_iter_mut().for_each(|x| {
-                let normed = layer.input_layernorm.forward(x.clone());
-                *x = x.clone() + layer.self_attn.forward(normed, &tables, &mut LayerCache::new(*window));
-            });
-            // All windows at once, so that every expert is decoded once.
-            let normed = targets.iter().map(|x| layer.post_attention_layernorm.forward(x.clone())).collect();
-            add_rows(&mut targets, layer.mlp.forward(Tensor::cat(normed, 0)));
-        }
-        let [full, ternary] = [teacher, student].map(|checkpoint| GptOss::<B>::load(checkpoint, options, device));
-        let (full, ternary) = (full?, ternary?);
-        let targets = targets.into_iter().map(|x| full.norm.forward(x)).collect();
+        let (norm, head) = GptOss::<B>::load_output(teacher, device)?;
+        let targets = targets(teacher, &norm, &texts, course, device)?;
+        let ternary = GptOss::<B>::load(student, options, device)?;
         let layers = ternary.layers.into_iter().map(|layer| TunedLayer::new(layer, Vec::new()));
         Ok(Self {
             calibration,
             device,
             embedding: ternary.embed_tokens,
-            heads: [full.lm_head, ternary.lm_head],
+            heads: [head, ternary.lm_head],
             layers: layers.collect::<Result<_, _>>()?,
             windows,
             tuned_norm: Tuned::vector(ternary.norm.gamma.val()),
             norm: ternary.norm,
-            rope,
+            rope: RotaryEmbedding::new(&config.rope, config.head_dim),
             texts,
             targets,
         })
     }
 
-    /// Takes `steps` steps with learning rates up to `peak`; `progress` hears of each and its loss.
-    pub(crate) fn run(mut self, steps: usize, peak: f64, progress: &dyn Fn(f64)) -> Result<Distilled<B>, CalibError> {
-        let before = self.held_out()?;
-        for step in 0..steps {
+    /// Takes all steps that no earlier run has taken.
+    pub(crate) fn run(mut self, course: &Course<'_>) -> Result<Distilled<B>, CalibError> {
+        let &Course { steps, peak, progress, .. } = course;
+        let state = course.folder.join(STATE_FILE);
+        let (taken, before) = match state.exists() {
+            true => self.load(&state)?,
+            false => (0, self.held_out()?),
+        };
+        progress(taken, None);
+        for step in taken..steps {
             let first = step * WINDOWS_PER_STEP;
             let batch: Vec<usize> =
                 (first..first + WINDOWS_PER_STEP).map(|w| w % self.calibration.distilled().len()).collect();
-            progress(self.step(&batch, peak * learning_rate(step, steps))?);
+            progress(1, Some(self.step(&batch, peak * share_of_peak(step, steps))?));
+            if (step + 1) % STEPS_PER_SAVE == 0 {
+                self.save(&state, step + 1, &before)?;
+            }
         }
         let after = self.held_out()?;
         Ok(Distilled { norm: self.tuned_norm.value(0).inner(), layers: self.layers, before, after })
+    }
+
+    /// Writes down everything that the steps so far have changed, and how good the model was before them.
+    fn save(&self, path: &Path, steps: usize, before: &HeldOut) -> Result<(), CalibError> {
+        let mut file = SnapshotWriter::create(path)?;
+        let before = json!(before).to_string();
+        file.number(steps as u64)?;
+        file.number(before.len() as u64)?;
+        file.bytes(before.as_bytes())?;
+        self.tuned().try_for_each(|tuned| tuned.save(&mut file))?;
+        file.finish()
+    }
+
+    /// Goes on from what [`save`](Self::save) wrote.
+    fn load(&mut self, path: &Path) -> Result<(usize, HeldOut), CalibError> {
+        let mut file = SnapshotReader::open(path)?;
+        let (steps, length) = (file.number()?, file.number()?);
+        let before = serde_json::from_slice(&file.bytes(length)?).map_err(|_| file.damaged())?;
+        self.tuned_norm.load(&mut file)?;
+        self.layers.iter_mut().try_for_each(|layer| layer.tuned.load(&mut file))?;
+        file.end()?;
+        Ok((steps as usize, before))
+    }
+
+    /// Everything that gradients change, in the order in which it is written.
+    fn tuned(&self) -> impl Iterator<Item = &Tuned<B>> {
+        std::iter::once(&self.tuned_norm).chain(self.layers.iter().map(|layer| &layer.tuned))
     }
 
     /// One step on some windows; gives the mean divergence before it.
@@ -143,7 +198,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
             inputs.push(x.collect());
         }
         let last = inputs.pop().unwrap_or_default();
-        let (loss, mut upstream) = self.loss(batch, last, learning_rate);
+        let (loss, mut upstream) = self.loss(batch, last, learning_rate)?;
         let tables = self.rope.tables::<Autodiff<B>>(0..self.calibration.context(), self.device);
         for (number, inputs) in inputs.into_iter().enumerate().rev() {
             let layer = self.layers[number].compose(1.0, false)?.layer;
@@ -153,10 +208,10 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
                 (y * Tensor::from_inner(upstream.clone())).sum()
             });
             let Some(total) = outputs.reduce(|sum, loss| sum + loss) else { break };
-            let mut gradients = total.backward();
+            let gradients = total.backward();
             upstream = inputs.iter().filter_map(|x| x.grad(&gradients)).collect();
             let tuned = &mut self.layers[number].tuned;
-            let gradients = tuned.gradients(&mut gradients);
+            let gradients = tuned.gradients(&gradients);
             tuned.step(learning_rate, gradients);
         }
         Ok(loss)
@@ -172,34 +227,38 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
 
     /// The mean divergence from the full-precision model's predictions, and its gradient by the residual streams after the
     /// last layer; tunes the last norm on the way.
-    fn loss(&mut self, batch: &[usize], last: Vec<Tensor<B, 2>>, learning_rate: f64) -> (f64, Vec<Tensor<B, 2>>) {
+    fn loss(
+        &mut self,
+        batch: &[usize],
+        last: Vec<Tensor<B, 2>>,
+        learning_rate: f64,
+    ) -> Result<(f64, Vec<Tensor<B, 2>>), CalibError> {
         let head = Table::<Autodiff<B>>::from_inner(self.heads[1].clone()).no_grad();
         let norm = RmsNorm::<Autodiff<B>>::from_inner(self.norm.clone());
         let norm = RmsNorm { gamma: Param::initialized(norm.gamma.id, self.tuned_norm.value(0)), ..norm };
         let (mut divergence, mut tokens) = (0.0, 0);
-        let mut of_norm = GradientsParams::new();
+        let mut of_norm = vec![None];
         let mut upstream = Vec::new();
         for (window, x) in batch.iter().zip(last) {
-            let count = x.dims()[0];
+            let (count, targets) = (x.dims()[0], self.targets.get(*window)?);
             let mut parts = Vec::new();
             for first in (0..count).step_by(rows_at_once(head.rows())) {
                 let rows = first..(first + rows_at_once(head.rows())).min(count);
-                let target = self.targets[*window].clone().slice_dim(0, rows.clone());
+                let target = targets.clone().slice_dim(0, rows.clone());
                 let target = log_softmax(self.heads[0].logits(target), 1);
                 let x = Tensor::<Autodiff<B>, 2>::from_inner(x.clone().slice_dim(0, rows)).require_grad();
                 let own = log_softmax(head.logits(norm.forward(x.clone())), 1);
                 let loss = (Tensor::from_inner(target.clone().exp()) * (Tensor::from_inner(target) - own)).sum();
                 divergence += loss.clone().into_data().iter::<f32>().map(f64::from).sum::<f64>();
-                let mut gradients = loss.backward();
+                let gradients = loss.backward();
                 parts.extend(x.grad(&gradients));
-                let gradients = self.tuned_norm.gradients(&mut gradients);
-                of_norm = self.tuned_norm.add(of_norm, gradients);
+                of_norm = add(of_norm, self.tuned_norm.gradients(&gradients));
             }
             upstream.push(Tensor::cat(parts, 0));
             tokens += count;
         }
         self.tuned_norm.step(learning_rate, of_norm);
-        (divergence / tokens as f64, upstream)
+        Ok((divergence / tokens as f64, upstream))
     }
 
     /// Measures the model, packed, on the held-out windows.
@@ -217,22 +276,59 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let norm = RmsNorm { gamma, ..self.norm.clone() };
         let mut sum = Comparison::default();
         for (window, x) in held_out.zip(streams) {
-            let target = self.targets[window].clone();
+            let target = self.targets.get(window)?;
             sum.add((&self.heads[1], norm.forward(x)), (&self.heads[0], target), self.texts[window]);
         }
         Ok(HeldOut::new(&sum, self.calibration.held_out().len() * self.calibration.context()))
     }
 }
 
-/// The residual stream of a window before the first layer.
-pub(crate) fn embed<B: TernaryBackend>(table: &Table<B>, window: &[u32], device: &B::Device) -> Tensor<B, 2> {
-    let ids: Vec<i64> = window.iter().map(|id| i64::from(*id)).collect();
-    let shape = [ids.len()];
-    table.embed(Tensor::from_data(TensorData::new(ids, shape), device))
+/// What the output layer of the full-precision model sees: computed layer by layer, or left of an earlier run.
+fn targets<B: TernaryBackend>(
+    teacher: &Checkpoint,
+    norm: &RmsNorm<B>,
+    texts: &[&[u32]],
+    course: &Course<'_>,
+    device: &B::Device,
+) -> Result<Rows<B>, CalibError> {
+    let config = teacher.config();
+    let context = texts.first().map_or(0, |text| text.len());
+    let mut targets = Rows::new(course.memory, [context, config.hidden_size], device);
+    let path = course.folder.join(TARGETS_FILE);
+    if path.exists() {
+        let mut file = SnapshotReader::open(&path)?;
+        targets.load(&mut file, texts.len())?;
+        file.end()?;
+        return Ok(targets);
+    }
+    let rope = RotaryEmbedding::new(&config.rope, config.head_dim).tables(0..context, device);
+    let embedding = Table::<B>::embedding(teacher, device)?;
+    texts.iter().try_for_each(|text| targets.push(embed(&embedding, text, device)))?;
+    for number in 0..config.num_hidden_layers() {
+        let options = LoadOptions { experts: ExpertPlacement::Streamed, ..LoadOptions::default() };
+        let layer = Layer::<B>::load(teacher, number, options, device)?;
+        targets.update(|_, x| {
+            let normed = layer.input_layernorm.forward(x.clone());
+            Ok(x + layer.self_attn.forward(normed, &rope, &mut LayerCache::new(config.window(number))))
+        })?;
+        let at_once = (TOKENS_AT_ONCE / context.max(1)).max(1);
+        for first in (0..texts.len()).step_by(at_once) {
+            let windows = first..texts.len().min(first + at_once);
+            let mut streams = windows.clone().map(|window| targets.get(window)).collect::<Result<Vec<_>, _>>()?;
+            let normed = streams.iter().map(|x| layer.post_attention_layernorm.forward(x.clone())).collect();
+            add_rows(&mut streams, layer.mlp.forward(Tensor::cat(normed, 0)));
+            windows.zip(streams).try_for_each(|(window, x)| targets.set(window, x))?;
+        }
+    }
+    targets.update(|_, x| Ok(norm.forward(x)))?;
+    let mut file = SnapshotWriter::create(&path)?;
+    targets.save(&mut file)?;
+    file.finish()?;
+    Ok(targets)
 }
 
 /// Share of the peak learning rate: rises for the first steps, then falls to zero along a cosine.
-pub(crate) fn learning_rate(step: usize, steps: usize) -> f64 {
+pub(crate) fn share_of_peak(step: usize, steps: usize) -> f64 {
     let done = (step as f64 + 0.5) / steps as f64;
     match done < WARM_UP {
         true => done / WARM_UP,

@@ -1,5 +1,7 @@
 //! What can go wrong in a quantization.
 
+use std::path::PathBuf;
+
 use ternoss_backends::FormatError;
 use ternoss_model::{CheckpointError, GenerateError};
 
@@ -160,9 +162,17 @@ pub enum CalibError {
         /// The folder.
         folder: String,
     },
+    /// Activations past the memory for them cannot be written to disk, or read again.
+    #[error("{}: cannot keep activations on disk: {source}", path.display())]
+    Spill {
+        /// The file.
+        path: PathBuf,
+        /// What failed.
+        source: std::io::Error,
+    },
     /// What an interrupted run left to go on from is damaged.
     #[error("{name} in the unfinished output is damaged: remove that folder to start anew")]
-    Activations {
+    Damaged {
         /// The file.
         name: String,
     },

@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use rayon::prelude::*;
 use ternoss_backends::TernaryBackend;
 
 use crate::{CalibError, activations::Activations, solution::host};
@@ -33,11 +32,11 @@ impl<B: TernaryBackend> Activations<B> {
     /// # Errors
     /// [`CalibError::NotFinite`]
     pub(crate) fn expect_finite(&self, layer: usize) -> Result<(), CalibError> {
-        for (side, windows) in [(Side::Teacher, &self.teacher), (Side::Student, &self.student)] {
-            let finite = |x: f32| x.is_finite();
-            if !windows.par_iter().all(|window| host(window.clone()).into_iter().all(finite)) {
-                return Err(CalibError::NotFinite { layer, side });
-            }
+        for (side, streams) in [(Side::Teacher, &self.teacher), (Side::Student, &self.student)] {
+            streams.for_each(|_, window| match host(window).into_iter().all(f32::is_finite) {
+                true => Ok(()),
+                false => Err(CalibError::NotFinite { layer, side }),
+            })?;
         }
         Ok(())
     }
@@ -49,12 +48,19 @@ mod tests {
     use burn_flex::Flex;
 
     use super::*;
+    use crate::rows::{ActivationMemory, Rows};
 
     #[test]
     fn the_first_model_that_is_not_finite_is_named() {
+        let (folder, device) = (tempfile::tempdir().unwrap(), Default::default());
+        // One window in memory, the other on disk.
+        let memory = ActivationMemory::new(folder.path(), 16);
         let window = |value: f32| {
             let values = TensorData::new(vec![0.0, f32::MAX, value, -1.0], [2, 2]);
-            vec![Tensor::<Flex, 2>::zeros([2, 2], &Default::default()), Tensor::from_data(values, &Default::default())]
+            let mut rows = Rows::<Flex>::new(&memory, [2, 2], &device);
+            rows.push(Tensor::zeros([2, 2], &device)).unwrap();
+            rows.push(Tensor::from_data(values, &device)).unwrap();
+            rows
         };
         let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
         let check = |teacher, student| {

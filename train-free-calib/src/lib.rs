@@ -13,14 +13,16 @@
 //! | `refine` | scales in closed form, greedy changes of single trits (stage 2) |
 //! | `ternarize` | all of them on one matrix |
 //! | `activations` | both models' residual streams |
+//! | `rows` | what is kept for every token, in memory or on disk |
+//! | `snapshot` | files that a killed run goes on from |
 //! | `visits` | which tokens go to which expert |
 //! | `prune` | which experts stay, where only some may |
 //! | `tables` | embedding and output layer made ternary |
-//! | `layer` | one layer: attention, then experts, the full-precision model beside the ternary one |
+//! | `layer`, `experts` | one layer: attention, then experts, the full-precision model beside the ternary one |
 //! | `step` | one weight file: a layer, with or without a text |
 //! | `size` | how large the folder becomes, and what to give up so that it fits |
-//! | `reconstruct`, `tuned`, `hard` | a layer tuned by gradients on its own output, and packed again |
-//! | `distill` | the whole model tuned on the full-precision model's predictions |
+//! | `reconstruct`, `adam`, `tuned`, `hard` | a layer tuned by gradients on its own output, and packed again |
+//! | `distill`, `distilled` | the whole model tuned on the full-precision model's predictions |
 //! | `pipeline` | all of them |
 //! | `folder` | what stands beside the weights |
 //! | `finite` | the check after each layer |
@@ -28,12 +30,15 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 mod activations;
+mod adam;
 mod budget;
 mod calibration;
 pub mod canvas;
 mod compensate;
 mod distill;
+mod distilled;
 mod error;
+mod experts;
 mod finite;
 mod folder;
 mod hard;
@@ -48,7 +53,9 @@ mod prune;
 mod reconstruct;
 mod refine;
 mod report;
+mod rows;
 mod size;
+mod snapshot;
 mod solution;
 mod step;
 mod summary;
@@ -64,7 +71,7 @@ pub use error::CalibError;
 pub use finite::Side;
 pub use levels::MAX_PLANES;
 pub use method::{Method, Steps};
-pub use pipeline::{LEARNING_RATE, Progress, QuantizeOptions, check, quantize, ternary_weights};
+pub use pipeline::{ACTIVATION_MEMORY, DISTILLATION_RATE, Progress, QuantizeOptions, check, quantize, ternary_weights};
 pub use prune::KeptExpert;
 pub use report::{Distilled, ExpertLoads, HeldOut, LayerReport, MatrixReport, PartBytes, Reconstruction, Report};
 pub use size::Reduction;

@@ -15,15 +15,15 @@ use ternoss_quant::{Granularity, TernaryConfig};
 
 use crate::{
     CalibError, Calibration, Method, Report, Steps,
-    activations::Activations,
+    activations::{Activations, Streams},
     budget::{PLAN_FILE, Plan, plan, plane_budget},
-    distill::Distillation,
-    folder::{bytes_in, check_folders, finish, quantization_config, read_config, with_suffix},
-    layer::TernaryLayer,
+    distilled::calibrate_and_distill,
+    folder::{bytes_in, check_folders, finish, quantization_config, read_config},
     levels::MAX_PLANES,
-    report::{Distilled, HeldOut, PartBytes},
+    report::HeldOut,
+    rows::ActivationMemory,
     size::{layer_weights, table_weights},
-    step::{Done, Job, activations_file, write_changed},
+    step::{Done, Job, activations_file},
     ternarize::Recipe,
 };
 
@@ -44,13 +44,16 @@ pub struct QuantizeOptions {
     /// Steps of distillation after the last layer: 0 for none.
     pub distill: usize,
     /// Highest learning rate of distillation: the share of itself by which a scale moves in a step. Small models take more.
-    pub learning_rate: f64,
+    pub distillation_rate: f64,
     /// Planes of embedding and output layer, 1 to 3; `None` leaves them as the checkpoint has them.
     pub table_planes: Option<usize>,
     /// Experts that each layer keeps, the most important ones on the calibration text; `None` for all.
     pub keep_experts: Option<usize>,
     /// Bytes that the whole folder may take: see [`resolved`](Self::resolved).
     pub target_size: Option<u64>,
+    /// Bytes of memory for what is kept of the calibration text: the rest goes to files in the unfinished output. The result
+    /// does not depend on it.
+    pub activation_memory: u64,
     /// Whether an existing output may be replaced.
     pub overwrite: bool,
 }
@@ -62,10 +65,13 @@ pub enum Progress {
     Measured,
     /// So many more weights became ternary.
     Weights(usize),
-    /// A step of distillation is done; before it the predictions had this mean divergence from the full-precision model's.
+    /// So many more steps of distillation are done.
     Distilled {
-        /// In nats.
-        divergence: f64,
+        /// Many at once where an earlier run took them.
+        steps: usize,
+        /// How far the predictions were from the full-precision model's before a step that is done now: the mean divergence,
+        /// in nats.
+        divergence: Option<f64>,
     },
 }
 
@@ -79,17 +85,21 @@ impl QuantizeOptions {
             planes: 1,
             bits_per_weight: None,
             distill: 0,
-            learning_rate: LEARNING_RATE,
+            distillation_rate: DISTILLATION_RATE,
             table_planes: None,
             keep_experts: None,
             target_size: None,
+            activation_memory: ACTIVATION_MEMORY,
             overwrite: false,
         }
     }
 }
 
-/// Learning rate of distillation unless another is given.
-pub const LEARNING_RATE: f64 = 2e-4;
+/// [`distillation_rate`](QuantizeOptions::distillation_rate) unless another is given.
+pub const DISTILLATION_RATE: f64 = 2e-4;
+
+/// [`activation_memory`](QuantizeOptions::activation_memory) unless another is given.
+pub const ACTIVATION_MEMORY: u64 = 2_000_000_000;
 
 /// Weights of attention and experts, which a quantization of all of them makes ternary.
 pub fn ternary_weights(checkpoint: &Checkpoint) -> usize {
@@ -100,11 +110,11 @@ pub fn ternary_weights(checkpoint: &Checkpoint) -> usize {
 /// became ternary. Methods that look at a text need `calibration`, and so do leaving out experts and distillation.
 ///
 /// Peak memory without a text is one layer's packed weights and four expert matrices in f32 with their temporaries:
-/// 0.8 GB for gpt-oss-20b. With a text it is a layer's packed weights, four experts in f32, and eight or nine
-/// copies of the text's residual stream. Ternary tables are in memory packed while they are written. Every tensor is scanned
+/// 0.8 GB for gpt-oss-20b. With a text it is a layer's packed weights, four experts in f32, their statistics, and
+/// [`activation_memory`](QuantizeOptions::activation_memory). Ternary tables are in memory packed while they are written. Every tensor is scanned
 /// for NaN and infinity. The output is whole or not there (see [`FolderWriter`]).
-/// A run that was killed goes on at the first layer that was not done, and gives the same bytes. Distillation starts anew:
-/// until it is done the model before it stands beside the output, as `OUTPUT.undistilled`.
+/// A run that was killed goes on at the first layer that was not done, in distillation at a step a few before, and gives the
+/// same bytes. Until distillation is done the model before it stands beside the output, as `OUTPUT.undistilled`.
 ///
 /// # Errors
 /// [`CalibError`], naming the file, the tensor, and what was expected.
@@ -133,33 +143,8 @@ pub fn quantize<B: TernaryBackend>(
     }
 }
 
-/// The model before distillation, made now or left of an earlier run, then distilled.
-fn calibrate_and_distill<B: TernaryBackend>(
-    job: &Job<'_, B>,
-    output: &Path,
-    options: &QuantizeOptions,
-    calibration: Option<&Calibration>,
-    progress: &dyn Fn(Progress),
-) -> Result<Report, CalibError> {
-    let judged = |calibration: &&Calibration| !calibration.held_out().is_empty();
-    let calibration = calibration.filter(judged).ok_or(CalibError::NothingHeldOut)?;
-    let undistilled = with_suffix(output, ".undistilled");
-    let run = fingerprint_of(&settings(job.checkpoint, &job.recipe, options, Some(calibration)));
-    let report = match Report::read(&undistilled).filter(|report| report.run == run) {
-        Some(report) => {
-            (job.progress)(options.weights(job.checkpoint));
-            report
-        }
-        None => calibrate(job, &undistilled, options, Some(calibration), progress)?,
-    };
-    let report = distill(job, &undistilled, output, options, calibration, report, progress)?;
-    // A model that stays only takes space.
-    let _ = std::fs::remove_dir_all(&undistilled);
-    Ok(report)
-}
-
 /// Everything but distillation.
-fn calibrate<B: TernaryBackend>(
+pub(crate) fn calibrate<B: TernaryBackend>(
     job: &Job<'_, B>,
     output: &Path,
     options: &QuantizeOptions,
@@ -169,14 +154,11 @@ fn calibrate<B: TernaryBackend>(
     let &Job { checkpoint, ref recipe, device, .. } = job;
     let settings = settings(checkpoint, recipe, options, calibration);
     let fits = recipe.steps.look_at_text();
-    let mut activations = match (calibration, recipe.keep_experts) {
-        (Some(calibration), _) if fits => Some(Activations::embed(checkpoint, calibration, device)?),
-        // Only the full-precision stream goes through the layers.
-        (Some(calibration), Some(_)) => Some(Activations::embed(checkpoint, calibration, device)?.without_student()),
+    match (calibration, recipe.keep_experts) {
         (None, _) if fits => return Err(CalibError::NoText { method: recipe.method }),
         (None, Some(keep)) => return Err(CalibError::NoTextToChoose { keep }),
-        (_, None) => None,
-    };
+        _ => {}
+    }
     let config = read_config(checkpoint)?;
     let layers = checkpoint.config().num_hidden_layers();
     let (mut writer, mut done) = FolderWriter::resume::<Done>(output, layers + 1, options.overwrite, &settings)?;
@@ -189,15 +171,17 @@ fn calibrate<B: TernaryBackend>(
         done.push(take_step(job, 0, None, &mut writer)?);
     }
     let tables = ternary_tables(checkpoint, recipe, &writer)?;
-    if let (Some(activations), Some(calibration), Some(tables), true) = (&mut activations, calibration, &tables, fits) {
-        activations.embed_student(&Table::embedding(tables, device)?, calibration, device);
-    }
-    if let (Some(activations), 1..) = (&mut activations, layers_done) {
-        let name = activations_file(layers_done);
-        if !activations.set_bytes(&writer.read(&name)?) {
-            return Err(CalibError::Activations { name });
+    // Where experts are dropped and no step looks at the text, only the full-precision stream goes through the layers.
+    let looked_at = calibration.filter(|_| fits || recipe.keep_experts.is_some());
+    let mut activations = match looked_at {
+        Some(calibration) => {
+            let memory = ActivationMemory::new(writer.folder(), options.activation_memory);
+            let hidden = checkpoint.config().hidden_size;
+            let streams = Streams { memory, calibration, hidden, student: fits, device };
+            Some(start(job, &streams, layers_done, tables.as_ref(), &writer)?)
         }
-    }
+        None => None,
+    };
     let plan = match (options.bits_per_weight, calibration) {
         (Some(bits), Some(calibration)) => Some(plan(job, bits, calibration, &writer, progress)?),
         _ => None,
@@ -209,17 +193,33 @@ fn calibrate<B: TernaryBackend>(
     // Any of them may be left of a run that was killed.
     (0..=layers).for_each(|layers| writer.remove(&activations_file(layers)));
     writer.remove(PLAN_FILE);
-    let looked_at = calibration.filter(|_| fits || recipe.keep_experts.is_some());
     let mut report = Report::new(checkpoint, recipe, options.target_size, looked_at, done);
     report.planes = job.plan.as_ref().map_or(recipe.planes, Plan::most);
     report.run = fingerprint_of(&settings);
-    if let (Some(activations), Some(calibration), true) = (activations, calibration, fits) {
+    if let (Some(activations), Some(calibration), true) = (&activations, calibration, fits) {
         report.held_out = held_out(checkpoint, tables.as_ref(), calibration, activations, device)?;
     }
-    // Its file is about to be renamed.
-    drop(tables);
+    // Their files are about to be renamed.
+    drop((tables, activations));
     finish(checkpoint, config, &report, writer)?;
     Ok(report)
+}
+
+/// The activations after so many layers: what an earlier run left, or before the first layer the models' own embeddings.
+fn start<B: TernaryBackend>(
+    job: &Job<'_, B>,
+    streams: &Streams<'_, B>,
+    layers_done: usize,
+    tables: Option<&Checkpoint>,
+    writer: &FolderWriter,
+) -> Result<Activations<B>, CalibError> {
+    if layers_done > 0 {
+        return streams.load(&writer.folder().join(activations_file(layers_done)));
+    }
+    let full = Table::embedding(job.checkpoint, job.device)?;
+    // Read back from the first weight file where it is ternary.
+    let own = tables.map(|tables| Table::embedding(tables, job.device)).transpose()?;
+    streams.embed(&full, own.as_ref().unwrap_or(&full))
 }
 
 /// Makes a weight file and notes that it is done.
@@ -254,7 +254,7 @@ fn held_out<B: TernaryBackend>(
     checkpoint: &Checkpoint,
     tables: Option<&Checkpoint>,
     calibration: &Calibration,
-    activations: Activations<B>,
+    activations: &Activations<B>,
     device: &B::Device,
 ) -> Result<Option<HeldOut>, CalibError> {
     if calibration.held_out().is_empty() {
@@ -266,48 +266,15 @@ fn held_out<B: TernaryBackend>(
         None => head.clone(),
     };
     let mut sum = Comparison::default();
-    let streams = activations.student.into_iter().zip(activations.teacher).skip(activations.calibrated);
-    for (window, (student, teacher)) in calibration.held_out().iter().zip(streams) {
+    for (number, window) in (activations.calibrated..).zip(calibration.held_out()) {
+        let (student, teacher) = (activations.student.get(number)?, activations.teacher.get(number)?);
         sum.add((&own_head, norm.forward(student)), (&head, norm.forward(teacher)), window);
     }
     Ok(Some(HeldOut::new(&sum, calibration.held_out().len() * calibration.context())))
 }
 
-/// Distills the ternary model in `undistilled` and writes the result to `output`.
-fn distill<B: TernaryBackend>(
-    job: &Job<'_, B>,
-    undistilled: &Path,
-    output: &Path,
-    options: &QuantizeOptions,
-    calibration: &Calibration,
-    mut report: Report,
-    progress: &dyn Fn(Progress),
-) -> Result<Report, CalibError> {
-    let student = Checkpoint::open(undistilled)?;
-    let layers = student.config().num_hidden_layers();
-    let mut writer = FolderWriter::create(output, layers + 1, options.overwrite)?;
-    let distillation = Distillation::<B>::new(job.checkpoint, &student, calibration, job.device)?;
-    let distilled = distillation
-        .run(options.distill, options.learning_rate, &|divergence| progress(Progress::Distilled { divergence }))?;
-    let kept = distilled.after.kl_divergence < distilled.before.kl_divergence;
-    report.distillation = Some(Distilled { steps: options.distill, kept, before: distilled.before });
-    report.held_out = Some(if kept { distilled.after } else { distilled.before });
-    let mut parts = PartBytes::new();
-    for step in 0..=layers {
-        let changed = match (kept, step.checked_sub(1)) {
-            (false, _) => TernaryLayer::default(),
-            (true, None) => distilled.outside(),
-            (true, Some(layer)) => distilled.layers[layer].harden()?.written(layer),
-        };
-        let written = write_changed(&student, step, &changed, &mut writer)?;
-        written.into_iter().for_each(|(part, bytes)| *parts.entry(part).or_default() += bytes);
-    }
-    report.set_parts(parts);
-    finish(&student, read_config(&student)?, &report, writer)?;
-    Ok(report)
-}
-
-fn settings(
+/// What a run was started with: another one may go on only with the same.
+pub(crate) fn settings(
     checkpoint: &Checkpoint,
     recipe: &Recipe,
     options: &QuantizeOptions,
@@ -327,7 +294,7 @@ fn settings(
     })
 }
 
-fn fingerprint_of(settings: &Value) -> String {
+pub(crate) fn fingerprint_of(settings: &Value) -> String {
     format!("{:016x}", fingerprint(settings.to_string().into_bytes()))
 }
 

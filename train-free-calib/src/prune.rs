@@ -14,7 +14,7 @@
 use burn::{
     module::Param,
     nn,
-    tensor::{IndexingUpdateOp, Tensor, TensorData},
+    tensor::{Tensor, TensorData},
 };
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -27,10 +27,11 @@ use ternoss_quant::Linear;
 
 use crate::{
     CalibError,
-    activations::{Activations, add_rows},
-    layer::EXPERTS_AT_ONCE,
+    activations::{Activations, Normed},
+    experts::EXPERTS_AT_ONCE,
+    rows::{ROWS_AT_ONCE, Rows},
     solution::host,
-    visits::{Visits, visits},
+    visits::{Visits, add_visits, route, visits},
 };
 
 /// An expert that stays.
@@ -46,8 +47,8 @@ pub struct KeptExpert {
 pub(crate) struct Selection<B: TernaryBackend> {
     /// Those that stay, in their order.
     pub(crate) kept: Vec<KeptExpert>,
-    /// What all experts, dropped ones included, add to the full-precision stream: `[tokens, hidden]`.
-    pub(crate) output: Tensor<B, 2>,
+    /// What all experts, dropped ones included, add to the full-precision stream.
+    pub(crate) output: Rows<B>,
 }
 
 /// The numbers of experts that stay.
@@ -60,31 +61,32 @@ pub(crate) fn those_that_stay(kept: &[KeptExpert], checkpoint: &Checkpoint) -> V
     if kept.is_empty() { (0..checkpoint.config().num_local_experts).collect() } else { numbers(kept) }
 }
 
-/// Runs all experts of layer `number` on `x [tokens, hidden]` (normed, full precision) and chooses the `keep` most important
-/// ones on the first `calibrated` tokens; of two that are equally important the first. Four experts at a time are in memory.
+/// Runs all experts of layer `number` in full precision and chooses the `keep` most important ones on the first
+/// `calibrated` windows; of two that are equally important the first. Four experts at a time are in memory.
 pub(crate) fn select<B: TernaryBackend>(
     (checkpoint, number): (&Checkpoint, usize),
     router: &Router<B>,
-    x: &Tensor<B, 2>,
+    inputs: &Normed<'_, B>,
     calibrated: usize,
     keep: usize,
     device: &B::Device,
 ) -> Result<Selection<B>, CalibError> {
     let experts = checkpoint.config().num_local_experts;
-    let visits = visits(router.forward(x.clone()), experts, calibrated, device);
-    let mut output = x.zeros_like();
+    let [context, hidden] = inputs.streams.shape();
+    let visits = visits(route(router, inputs)?, experts, calibrated * context, device);
+    let mut output = inputs.streams.map(hidden, |_, x| Ok(x.zeros_like()))?;
     let mut importance = Vec::with_capacity(experts);
     for first in (0..experts).step_by(EXPERTS_AT_ONCE) {
         let batch: Result<Vec<_>, CalibError> = (first..(first + EXPERTS_AT_ONCE).min(experts))
             .into_par_iter()
-            .map(|number_of| measure(checkpoint, [number, number_of], x, &visits[number_of], device))
+            .map(|number_of| measure(checkpoint, [number, number_of], inputs, &visits[number_of], device))
             .collect();
+        let mut outputs = Vec::new();
         for (measured, visits) in batch?.into_iter().zip(&visits[first..]) {
             importance.push(measured.importance);
-            if let Some(part) = measured.output {
-                output = output.select_assign(0, visits.rows.clone(), part, IndexingUpdateOp::Add);
-            }
+            outputs.push((visits, measured.output));
         }
+        add_visits(&mut output, &outputs, device)?;
     }
     Ok(Selection { kept: most_important(&importance, keep), output })
 }
@@ -103,28 +105,30 @@ fn most_important(importance: &[f64], keep: usize) -> Vec<KeptExpert> {
 /// One expert on its tokens.
 struct Measured<B: TernaryBackend> {
     importance: f64,
-    /// `[n, hidden]`, times the router's weights; nothing where no token came.
-    output: Option<Tensor<B, 2>>,
+    /// Of every token, times the router's weights.
+    output: Rows<B>,
 }
 
 fn measure<B: TernaryBackend>(
     checkpoint: &Checkpoint,
     [layer, number]: [usize; 2],
-    x: &Tensor<B, 2>,
+    inputs: &Normed<'_, B>,
     visits: &Visits<B>,
     device: &B::Device,
 ) -> Result<Measured<B>, CalibError> {
     // Read in any case: a weight that is no number is an error whether the text finds it or not.
     let expert = expert::<B>(checkpoint, layer, number, device)?;
-    if visits.count == 0 {
-        return Ok(Measured { importance: 0.0, output: None });
+    let mut output = Rows::new(inputs.streams.memory(), [ROWS_AT_ONCE, inputs.streams.shape()[1]], device);
+    let mut importance = 0.0;
+    for visits in visits.parts() {
+        let y = expert.forward(inputs.rows(&visits.rows)?, checkpoint.config().activation());
+        let norms = y.clone().square().sum_dim(1).sqrt() * visits.weights.clone();
+        importance = host(norms).into_iter().take(visits.calibrated).map(f64::from).fold(importance, |sum, x| sum + x);
+        output.push(y * visits.weights)?;
     }
-    let y = expert.forward(x.clone().select(0, visits.rows.clone()), checkpoint.config().activation());
-    let norms = y.clone().square().sum_dim(1).sqrt() * visits.weights.clone();
-    let importance = host(norms).into_iter().take(visits.calibrated).map(f64::from).sum::<f64>();
     // Outputs that overflow make no expert important.
     let importance = if importance.is_finite() { importance } else { 0.0 };
-    Ok(Measured { importance, output: Some(y * visits.weights.clone()) })
+    Ok(Measured { importance, output })
 }
 
 /// One expert in full precision, its weights known to be finite.
@@ -167,15 +171,14 @@ pub(crate) fn advance<B: TernaryBackend>(
         device,
     )?;
     let rope = RotaryEmbedding::new(&config.rope, config.head_dim).tables(0..activations.context(), device);
-    activations.teacher.par_iter_mut().for_each(|x| {
+    activations.teacher.update(|_, x| {
         let mut cache = LayerCache::new(config.window(number));
-        *x = x.clone() + layer.self_attn.forward(layer.input_layernorm.forward(x.clone()), &rope, &mut cache);
-    });
-    let normed = activations.teacher.iter().map(|x| layer.post_attention_layernorm.forward(x.clone()));
-    let normed = Tensor::cat(normed.collect(), 0);
-    let calibrated = activations.calibrated * activations.context();
-    let selection = select((checkpoint, number), &layer.mlp.router, &normed, calibrated, keep, device)?;
-    add_rows(&mut activations.teacher, selection.output);
+        Ok(x.clone() + layer.self_attn.forward(layer.input_layernorm.forward(x), &rope, &mut cache))
+    })?;
+    let inputs = Normed { streams: &activations.teacher, norm: &layer.post_attention_layernorm };
+    let of = (checkpoint, number);
+    let selection = select(of, &layer.mlp.router, &inputs, activations.calibrated, keep, device)?;
+    activations.teacher.update(|block, x| Ok(x + selection.output.get(block)?))?;
     Ok(selection.kept)
 }
 

@@ -19,8 +19,8 @@ use ternoss_model::{
 use ternoss_quant::{BitLinear, BitWeight, Linear};
 
 use crate::{
-    CalibError, distill::learning_rate, hard::HardLayer, report::Reconstruction, solution::host,
-    ternarize::rotate_rows, tuned::TunedLayer,
+    CalibError, adam::charge, distill::share_of_peak, hard::HardLayer, report::Reconstruction, rows::Rows,
+    solution::host, ternarize::rotate_rows, tuned::TunedLayer,
 };
 
 /// Share of the steps in which trits are soft; in the rest only what is not a trit is tuned.
@@ -29,15 +29,15 @@ const SOFT: f64 = 0.7;
 /// How hard soft trits become.
 const HARDEST: f64 = 4.0;
 
-/// Peak learning rate, in units of what is tuned.
-const LEARNING_RATE: f64 = 2e-3;
+/// Highest learning rate, in units of what is tuned.
+const RECONSTRUCTION_RATE: f64 = 2e-3;
 
 /// A layer under reconstruction.
 pub(crate) struct Block<'a, B: TernaryBackend> {
-    /// The ternary layer's inputs, one tensor a window.
-    pub(crate) inputs: &'a [Tensor<B, 2>],
+    /// The ternary layer's inputs, a block a window.
+    pub(crate) inputs: &'a Rows<B>,
     /// The full-precision layer's outputs.
-    pub(crate) targets: &'a [Tensor<B, 2>],
+    pub(crate) targets: &'a Rows<B>,
     /// How many of the windows are calibrated on; the others decide whether the result is kept.
     pub(crate) calibrated: usize,
     /// Positions of a window.
@@ -59,14 +59,14 @@ impl<B: TernaryBackend> Block<'_, B> {
         toward: Vec<Tensor<B, 2>>,
         steps: usize,
     ) -> Result<(Reconstruction, Option<HardLayer<B>>), CalibError> {
-        let before = self.error(layer);
+        let before = self.error(layer)?;
         let soft_steps = (SOFT * steps as f64) as usize;
         let mut tuned = TunedLayer::new(layer.clone(), toward)?;
         self.tune(&mut tuned, 0..soft_steps, steps, true)?;
         let mut tuned = TunedLayer::new(tuned.harden()?.layer, Vec::new())?;
         self.tune(&mut tuned, soft_steps..steps, steps, false)?;
         let hard = tuned.harden()?;
-        let after = self.error(&hard.layer);
+        let after = self.error(&hard.layer)?;
         let kept = after < before;
         Ok((Reconstruction { before, after, kept }, kept.then_some(hard)))
     }
@@ -77,31 +77,31 @@ impl<B: TernaryBackend> Block<'_, B> {
             let done = (step - run.start) as f64 / run.len() as f64;
             let layer = tuned.compose(HARDEST.powf(done) as f32, false)?.layer;
             let window = step % self.calibrated;
-            let x = Tensor::<Autodiff<B>, 2>::from_inner(self.inputs[window].clone());
+            let (x, target) = (self.inputs.get(window)?, self.targets.get(window)?);
+            let scale = 1.0 / square_sum(&(target.clone() - x.clone())).max(f64::MIN_POSITIVE);
+            let x = Tensor::<Autodiff<B>, 2>::from_inner(x);
             let y = layer.forward(x, self.rope_of_gradients, &mut LayerCache::new(self.window));
-            let target = self.targets[window].clone();
-            let scale = 1.0 / square_sum(&(target.clone() - self.inputs[window].clone())).max(f64::MIN_POSITIVE);
             let loss = (y - Tensor::from_inner(target)).powi_scalar(2).sum() * scale as f32;
-            let mut gradients = tuned.tuned.gradients(&mut loss.backward());
+            let mut gradients = tuned.tuned.gradients(&loss.backward());
             if soft {
                 let prices = prices.get_or_insert_with(|| tuned.tuned.prices(&gradients));
-                tuned.tuned.charge(&mut gradients, prices);
+                gradients = charge(gradients, prices);
             }
-            tuned.tuned.step(LEARNING_RATE * learning_rate(step, steps), gradients);
+            tuned.tuned.step(RECONSTRUCTION_RATE * share_of_peak(step, steps), gradients);
         }
         Ok(())
     }
 
     /// Squared error of the outputs on the held-out windows, over the square of what the full-precision layer adds.
-    fn error(&self, layer: &Layer<B>) -> f64 {
+    fn error(&self, layer: &Layer<B>) -> Result<f64, CalibError> {
         let (mut error, mut power) = (0.0, 0.0);
-        for window in self.calibrated..self.inputs.len() {
-            let (x, target) = (self.inputs[window].clone(), self.targets[window].clone());
+        for window in self.calibrated..self.inputs.blocks() {
+            let (x, target) = (self.inputs.get(window)?, self.targets.get(window)?);
             let y = layer.forward(x.clone(), self.rope, &mut LayerCache::new(self.window));
             error += square_sum(&(y - target.clone()));
             power += square_sum(&(target - x));
         }
-        error / power.max(f64::MIN_POSITIVE)
+        Ok(error / power.max(f64::MIN_POSITIVE))
     }
 }
 

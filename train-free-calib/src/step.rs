@@ -105,7 +105,7 @@ impl<'a, B: TernaryBackend> Job<'a, B> {
                     .run(activations)?,
                 };
                 activations.expect_finite(number)?;
-                writer.file(&activations_file(step), &activations.to_bytes())?;
+                activations.save(&writer.folder().join(activations_file(step)))?;
                 layer
             }
         };

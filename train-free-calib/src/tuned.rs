@@ -1,13 +1,8 @@
 //! A ternary layer that gradients tune: scales, norms, biases, sinks and router, and trits where they are soft.
 
 use burn::{
-    module::{AutodiffModule, Module, Param, ParamId},
-    optim::{Adam, AdamConfig, GradientsAccumulator, GradientsParams, Optimizer, adaptor::OptimizerAdaptor},
-    tensor::{
-        Tensor,
-        activation::sigmoid,
-        backend::{AutodiffBackend, Backend},
-    },
+    module::{AutodiffModule, Param, ParamId},
+    tensor::{Tensor, activation::sigmoid, backend::Backend},
 };
 use burn_autodiff::Autodiff;
 use ternoss_backends::{FormatError, TernaryBackend};
@@ -19,101 +14,7 @@ use ternoss_quant::{
     BitLinear, BitWeight, Linear, PackedTernary, TernaryConfig, TernaryParts, TernaryTensor, absmean::spread,
 };
 
-use crate::solution::host;
-
-/// Optimizer of everything that is tuned.
-type AdamOf<B> = OptimizerAdaptor<Adam, Deltas<Autodiff<B>>, Autodiff<B>>;
-
-/// What gradients change, flat: one tensor for each [`Slot`].
-#[derive(Module, Debug)]
-pub(crate) struct Deltas<B: Backend> {
-    deltas: Vec<Param<Tensor<B, 1>>>,
-}
-
-/// A tensor that gradients move: its value is `start + unit * delta`, so that one learning rate suits all.
-#[derive(Clone, Debug)]
-struct Slot<B: Backend> {
-    start: Tensor<B, 1>,
-    unit: f32,
-    /// Whether it says how far trits have gone.
-    soft: bool,
-}
-
-/// What a tensor of zeros moves by, as in Adafactor's relative steps (Shazeer and Stern, arXiv 1804.04235).
-const LEAST_UNIT: f32 = 1e-3;
-
-/// Share of the trits that a price keeps where they are, in the first step.
-const STAYING: f64 = 0.95;
-
-/// Tensors under the gradients of one loss.
-#[derive(Clone)]
-pub(crate) struct Tuned<B: TernaryBackend> {
-    slots: Vec<Slot<B>>,
-    deltas: Deltas<Autodiff<B>>,
-    optimizer: AdamOf<B>,
-}
-
-impl<B: TernaryBackend> Tuned<B> {
-    fn new(slots: Vec<Slot<B>>) -> Self {
-        let zero = |slot: &Slot<B>| Param::from_tensor(Tensor::from_inner(slot.start.zeros_like()));
-        let deltas = Deltas { deltas: slots.iter().map(zero).collect() };
-        let optimizer = AdamConfig::new().with_beta_2(0.95).with_epsilon(1e-12).init();
-        Self { slots, deltas, optimizer }
-    }
-
-    /// One tensor alone.
-    pub(crate) fn vector(start: Tensor<B, 1>) -> Self {
-        let unit = rms(&start);
-        Self::new(vec![Slot { start, unit, soft: false }])
-    }
-
-    /// The present value of a slot, which gradients reach.
-    pub(crate) fn value(&self, slot: usize) -> Tensor<Autodiff<B>, 1> {
-        let Slot { start, unit, .. } = &self.slots[slot];
-        Tensor::from_inner(start.clone()) + self.deltas.deltas[slot].val() * *unit
-    }
-
-    /// What a loss says of every tensor.
-    pub(crate) fn gradients(&self, of: &mut Gradients<B>) -> GradientsParams {
-        GradientsParams::from_module(of, &self.deltas)
-    }
-
-    /// The sum of two.
-    pub(crate) fn add(&self, a: GradientsParams, b: GradientsParams) -> GradientsParams {
-        let mut sum = GradientsAccumulator::new();
-        sum.accumulate(&self.deltas, a);
-        sum.accumulate(&self.deltas, b);
-        sum.grads()
-    }
-
-    /// What each slot of trits pays for leaving: as much as most of them would gain by it, so that few go.
-    pub(crate) fn prices(&self, gradients: &GradientsParams) -> Vec<f32> {
-        let price = |(slot, delta): (&Slot<B>, &Param<Tensor<Autodiff<B>, 1>>)| {
-            let gradient = gradients.get::<B, 1>(delta.id).filter(|_| slot.soft)?;
-            let mut gains: Vec<f32> = host(gradient).into_iter().map(|slope| -slope).collect();
-            gains.sort_unstable_by(f32::total_cmp);
-            gains.get((gains.len() as f64 * STAYING) as usize).map(|gain| gain.max(0.0))
-        };
-        self.slots.iter().zip(&self.deltas.deltas).map(|pair| price(pair).unwrap_or(0.0)).collect()
-    }
-
-    /// Adds the prices to the gradients.
-    pub(crate) fn charge(&self, gradients: &mut GradientsParams, prices: &[f32]) {
-        for (price, delta) in prices.iter().zip(&self.deltas.deltas).filter(|(price, _)| **price > 0.0) {
-            if let Some(gradient) = gradients.remove::<B, 1>(delta.id) {
-                gradients.register::<B, 1>(delta.id, gradient + *price);
-            }
-        }
-    }
-
-    /// One step of Adam (Kingma and Ba, arXiv 1412.6980).
-    pub(crate) fn step(&mut self, learning_rate: f64, gradients: GradientsParams) {
-        self.deltas = self.optimizer.step(learning_rate, self.deltas.clone(), gradients);
-    }
-}
-
-/// The gradients of a loss.
-pub(crate) type Gradients<B> = <Autodiff<B> as AutodiffBackend>::Gradients;
+use crate::adam::{Slot, Tuned, rms};
 
 /// A ternary layer, and what gradients change in it.
 #[derive(Clone)]
@@ -287,12 +188,6 @@ fn keep<B: Backend, const D: usize>(value: Tensor<B, D>) -> Param<Tensor<B, D>> 
     Param::initialized(ParamId::new(), value)
 }
 
-/// Root of the mean square, at least [`LEAST_UNIT`].
-fn rms<B: Backend>(values: &Tensor<B, 1>) -> f32 {
-    let squares: f64 = host(values.clone()).iter().map(|value| f64::from(*value).powi(2)).sum();
-    LEAST_UNIT.max((squares / values.dims()[0].max(1) as f64).sqrt() as f32)
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -304,6 +199,7 @@ mod tests {
     use ternoss_quant::Granularity;
 
     use super::*;
+    use crate::solution::host;
 
     const TOKENS: usize = 24;
 
@@ -372,8 +268,7 @@ mod tests {
         let count = before.dims().iter().product::<usize>();
         let moved: Vec<f32> = (0..count).map(|i| if i % 3 == 0 { (3.0 - STAYS) / LOGIT_UNIT } else { 0.0 }).collect();
         let device = Default::default();
-        let delta = Tensor::<Autodiff<Flex>, 1>::from_data(TensorData::new(moved, [count]), &device);
-        tuned.tuned.deltas.deltas[slot] = Param::from_tensor(delta);
+        tuned.tuned.deltas[slot].value = Tensor::from_data(TensorData::new(moved, [count]), &device);
 
         let [old, way] = [before.clone(), toward].map(host);
         let expected: Vec<f32> = (0..count).map(|i| if i % 3 == 0 { old[i] + way[i] } else { old[i] }).collect();
@@ -392,18 +287,5 @@ mod tests {
         });
         assert!(distances.is_sorted_by(|softer, harder| softer >= harder), "{distances:?}");
         assert!(distances[0] < 0.01 && distances[2] < 1e-6, "{distances:?}");
-    }
-
-    #[test]
-    fn a_step_goes_against_the_gradient_by_a_share_of_the_value() {
-        let device = Default::default();
-        let start = Tensor::<Flex, 1>::from_data(TensorData::new(vec![2.0f32, -2.0], [2]), &device);
-        let mut tuned = Tuned::vector(start);
-        let loss = tuned.value(0).sum();
-        let gradients = tuned.gradients(&mut loss.backward());
-        tuned.step(0.01, gradients);
-        let found = host(tuned.value(0).inner());
-        // The first step of Adam has the learning rate's size, here in units of 2.
-        assert!((found[0] - 1.98).abs() < 1e-4 && (found[1] + 2.02).abs() < 1e-4, "{found:?}");
     }
 }

@@ -64,6 +64,11 @@ impl FolderWriter {
         sync(&self.partial)
     }
 
+    /// Lets what is there outlive an error from now on: an earlier run made some of it.
+    pub fn keep(&mut self) {
+        self.keep = true;
+    }
+
     /// A file of the unfinished folder.
     ///
     /// # Errors

@@ -219,6 +219,11 @@ impl FolderWriter {
         output.with_file_name(name)
     }
 
+    /// Where this folder is until it is whole.
+    pub fn folder(&self) -> &Path {
+        &self.partial
+    }
+
     pub(super) fn shard_name(&self, number: usize) -> String {
         format!("model-{:05}-of-{:05}.safetensors", number + 1, self.shards)
     }
