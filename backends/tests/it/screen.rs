@@ -179,7 +179,7 @@ fn backend_screens<B: TernaryBackend>() {
     let words = Tensor::from_data(words, (&B::Device::default(), DType::U32));
     let table = StoredMatrix::<B>::new(words, 90, StoredFloat::Bf16).unwrap();
     let x = Noise::new(2).floats(3 * 90);
-    let screen = screen(&table).unwrap();
+    let screen = screen(&table, || {}).unwrap();
     assert!(screen == Screen::new(Kernels::detect(), &stored.view()));
     let found = values(screen_bounds(matrix::<B>(&x, [3, 90]), &screen));
     assert_same(&found, &bounds_of(Kernels::detect(), &screen, &x, DEVIATIONS), "bounds");
