@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use support::{example, fixture, folder::Folder, ternoss, ternoss_err, ternoss_ok};
 use ternoss::{
     Cpu,
+    backends::KvFormat,
     model::{Checkpoint, ExpertPlacement, GptOss, LoadOptions, Traffic},
 };
 
@@ -31,12 +32,9 @@ fn ternary(folder: &Path) -> PathBuf {
 }
 
 fn load(folder: &Path, experts: ExpertPlacement) -> GptOss<Cpu> {
-    GptOss::load(
-        &Checkpoint::open(folder).unwrap(),
-        LoadOptions { experts, ..LoadOptions::default() },
-        &Default::default(),
-    )
-    .unwrap()
+    // As the program does for writing text.
+    let options = LoadOptions { experts, kv_format: KvFormat::F16, ..LoadOptions::default() };
+    GptOss::load(&Checkpoint::open(folder).unwrap(), options, &Default::default()).unwrap()
 }
 
 /// The values of one key in a list of objects.
@@ -236,7 +234,7 @@ fn bytes_of_a_token_are_those_counted_by_hand() {
     let (row, wide_row) = (32 + 4 + 2, 64 + 4 + 4);
     let [q, kv, o] = [256 * (row + 4), 128 * (row + 4), 128 * (wide_row + 4)];
     let expert = 2 * 96 * (row + 4) + 128 * (row + 4);
-    let entry = 2 * 2 * 64 * 4;
+    let entry = 2 * 2 * 64 * 2;
     let expected = Traffic {
         embedding: 128 * 2,
         attention: 2 * (q + 2 * kv + o + 4 * 4),
@@ -275,7 +273,7 @@ fn full_precision_bytes_are_those_counted_by_hand() {
     let expected = Traffic {
         embedding: 64 * 2,
         attention: 4 * attention * 4,
-        cache: 2 * (8 + 9) * 2 * 2 * 16 * 4,
+        cache: 2 * (8 + 9) * 2 * 2 * 16 * 2,
         router: 4 * (64 * 8 + 8) * 4,
         experts: 4 * 2 * weights * 4,
         norms: (4 * 2 + 1) * 64 * 4,

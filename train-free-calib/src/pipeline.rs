@@ -96,7 +96,7 @@ impl QuantizeOptions {
 }
 
 /// [`distillation_rate`](QuantizeOptions::distillation_rate) unless another is given.
-pub const DISTILLATION_RATE: f64 = 2e-4;
+pub const DISTILLATION_RATE: f64 = 1e-3;
 
 /// [`activation_memory`](QuantizeOptions::activation_memory) unless another is given.
 pub const ACTIVATION_MEMORY: u64 = 2_000_000_000;
