@@ -67,7 +67,7 @@ pub(crate) struct QuantizeArgs {
     /// Size of the whole folder, such as 1.5GB: makes embedding and output layer ternary and drops experts until it fits
     #[arg(long, value_name = "SIZE", value_parser = byte_size)]
     target_size: Option<u64>,
-    /// Memory for what is kept of the calibration text, such as 500MB; the rest goes to disk, beside the unfinished output. The
+    /// Memory for what is kept of the calibration text, such as 500MB; the rest goes to disk, in the unfinished output. The
     /// result is the same
     #[arg(long, value_name = "SIZE", default_value = "2GB", value_parser = byte_size)]
     activation_memory: u64,
