@@ -77,7 +77,7 @@ pub(crate) fn candidates(
         found.sort_unstable_by(descending);
         let threshold = threshold(need, &found);
         let left = rest.get_or_insert_with(|| unseen(bounds, &found, threshold));
-        left.retain(|token| !(bounds[*token as usize] < threshold));
+        left.retain(|token| bounds[*token as usize] >= threshold);
         if left.is_empty() || nucleus_is_known(need, &found, left, bounds) {
             found.sort_unstable_by_key(|(token, _)| *token);
             return Some(found);
@@ -133,7 +133,7 @@ fn unseen(bounds: &[f32], found: &[Candidate], threshold: f32) -> Vec<u32> {
     let mut seen = vec![false; bounds.len()];
     found.iter().for_each(|(token, _)| seen[*token as usize] = true);
     let tokens = (0u32..).zip(bounds).zip(seen);
-    tokens.filter(|((_, bound), seen)| !(**bound < threshold) && !seen).map(|((token, _), _)| token).collect()
+    tokens.filter(|((_, bound), seen)| **bound >= threshold && !seen).map(|((token, _), _)| token).collect()
 }
 
 /// Whether the nucleus is known to be the first few of `found`, in order of falling logit: where its share is reached does

@@ -64,9 +64,9 @@ const TASK_ROWS: usize = 256;
 /// Rows outside of this range, other than zeros, have no bound: their squares could leave the range of floats.
 pub(super) const RANGE: std::ops::Range<f32> = 1e-30..1e30;
 
-const SIGNS: Rotation = Rotation { seed: 0x7369_676e_73 };
+const SIGNS: Rotation = Rotation { seed: 0x0073_6967_6e73 };
 const ZERO_POINTS: u64 = 0x7a65_726f;
-const THRESHOLDS: u64 = 0x726f_756e_64;
+const THRESHOLDS: u64 = 0x0072_6f75_6e64;
 
 /// Rows copied between two pauses: some 90 MB of gpt-oss's output layer.
 pub const ROWS_BETWEEN_PAUSES: usize = 1 << 14;
