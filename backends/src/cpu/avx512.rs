@@ -5,9 +5,11 @@
 use std::arch::x86_64::*;
 
 pub(super) use super::avx2::{
-    add_product, lookup_totals, quantize, rms_norm, round_token, screen_bounds, screen_row, screen_totals,
-    sink_softmax, sink_softmax_gradient, stored_dots, swiglu, t5_to_t2,
+    add_product, lookup_totals, quantize, rms_norm, round_token, screen_bounds, screen_row, sink_softmax,
+    sink_softmax_gradient, stored_dots, swiglu, t5_to_t2,
 };
+
+pub(super) use super::avx512_screen::screen_totals;
 
 super::vnni::vnni_kernels!("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c");
 

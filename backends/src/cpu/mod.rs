@@ -18,6 +18,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx512_screen;
+#[cfg(target_arch = "x86_64")]
 mod avxvnni;
 pub mod bounds;
 pub mod experts;
