@@ -18,6 +18,7 @@ type Vector = __m512i;
 /// Blocks in a vector.
 const WIDTH: usize = 4;
 
+const GEMV_ROWS: usize = 4;
 const ROWS: usize = 4;
 const TOKENS: usize = 4;
 

@@ -16,6 +16,7 @@ type Vector = __m256i;
 /// Blocks in a vector.
 const WIDTH: usize = 2;
 
+const GEMV_ROWS: usize = 8;
 const ROWS: usize = 2;
 const TOKENS: usize = 4;
 

@@ -4,8 +4,8 @@
 //! The rows have to lie side by side for that, so they are packed again ([`LookupRows`]). Entries are exact: a sum `v` of two
 //! int8 activations is kept as `v = 16 h + l`, `0 <= l < 16`, in two tables of bytes.
 //!
-//! This is a measured alternative, and not what [`linear`](super::linear) does: multiplying is faster on every processor
-//! measured (the table stands in [`cpu`](super)), and needs neither another copy of the weights nor tables.
+//! This is a measured alternative, and not what [`linear`](super::linear) does: multiplying is faster in all but one case (the
+//! table stands in [`cpu`](super)), and needs neither another copy of the weights nor tables.
 
 use super::{
     Kernels, TernaryRows,

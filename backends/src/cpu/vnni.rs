@@ -3,10 +3,10 @@
 //!
 //! Codes (trit + 1) are the unsigned bytes. Without scales all of a row goes into one sum, and the surplus of +1 a weight is
 //! taken off at the end. With scales the sum of each block starts at minus its surplus, two rows' blocks are packed to 16
-//! bits (4 * 4 * 2 * 127 = 4,064 at most), and `vpdpwssd` multiplies them with their scales and adds them up.
+//! bits (4 * 4 * 2 * 127 = 4,064 at most, and up to 64 * 127 = 8,128 of surplus), and `vpdpwssd` multiplies them with their scales and adds them up.
 
 /// The functions of a vector type. Its file defines `Vector`, `WIDTH` (blocks in one), the operations on it, and how much its
-/// registers take: `ROWS` rows with `TOKENS` tokens.
+/// registers take: `GEMV_ROWS` rows with one token, `ROWS` rows with `TOKENS` tokens.
 macro_rules! vnni_kernels {
     ($features:literal) => {
         use crate::cpu::{
@@ -32,6 +32,10 @@ macro_rules! vnni_kernels {
         #[target_feature(enable = $features)]
         fn all_rows<const SCALED: bool>(rows: &T2Rows<'_>, count: usize, tokens: &[Token<'_>], totals: &mut [i32]) {
             let mut row = 0;
+            while tokens.len() == 1 && row + GEMV_ROWS <= count {
+                some_tokens::<GEMV_ROWS, 1, SCALED>(rows, row, count, tokens, tokens, 0, totals);
+                row += GEMV_ROWS;
+            }
             while row + ROWS <= count {
                 some_rows::<ROWS, SCALED>(rows, row, count, tokens, totals);
                 row += ROWS;
@@ -130,12 +134,12 @@ macro_rules! vnni_kernels {
                     }
                 }
                 for k in 0..4 {
-                    for line in R * BYTES / 256 * k..R * BYTES / 256 * (k + 1) {
+                    for line in R * BYTES * k / 256..R * BYTES * (k + 1) / 256 {
                         prefetch(codes[0].wrapping_add(R * BYTES * g + 64 * line + AHEAD));
                     }
                     let quarters = words.map(|words| quarter(words, k));
                     for t in 0..T {
-                        let at = QUAD * (WIDTH * g / QUAD_BLOCKS) + BYTES * (g % (QUAD_BLOCKS / WIDTH)) + 64 * k;
+                        let at = QUAD * (WIDTH * g / QUAD_BLOCKS) + 16 * (WIDTH * g % QUAD_BLOCKS) + 64 * k;
                         // SAFETY: the activations are padded to whole quads, which hold whole groups.
                         let activations = unsafe { load(activations[t].add(at).cast()) };
                         for r in 0..R {
