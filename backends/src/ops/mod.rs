@@ -371,7 +371,7 @@ pub fn stored_linear_at<B: TernaryBackend>(
 ) -> Tensor<B, 2> {
     assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
     let dtype = x.dtype();
-    restore(B::stored_linear_at(single(x), matrix, rows), dtype)
+    restore(timed(|| B::stored_linear_at(single(x), matrix, rows)), dtype)
 }
 
 /// A copy of a stored matrix in 4 bits a weight, in this machine's memory, that says which rows cannot have a large product:
@@ -393,7 +393,7 @@ pub fn screen<B: TernaryBackend>(matrix: &StoredMatrix<B>, mut pause: impl FnMut
 #[must_use]
 pub fn screen_bounds<B: TernaryBackend>(x: Tensor<B, 2>, screen: &Screen) -> Tensor<B, 2> {
     assert_eq!(x.dims()[1], screen.columns(), "width of x and columns of the screen");
-    B::screen_bounds(single(x), screen)
+    timed(|| B::screen_bounds(single(x), screen))
 }
 
 /// Rows of a stored matrix (an embedding): `ids [n]`, `[n, columns]` in `F32`. An id that is no row gives a row of NaN.
