@@ -80,18 +80,19 @@ impl<B: TernaryBackend> GptOss<B> {
             }
             let mut hidden = self.prefill_hidden(prompt, cache)?;
             let mut draft = Vec::new();
-            while rules.max_tokens > 0 {
-                let accepted = self.accept(&draft, hidden, &mut writing, sampler, rules, &mut on_token)?;
+            let mut finished = rules.max_tokens == 0;
+            while !finished {
+                let accepted = self.accept(&draft, &hidden, &mut writing, sampler, rules, &mut on_token)?;
                 drafter.learn(draft.len(), accepted.drafted);
                 // What was guessed wrong went through the model in vain.
                 cache.truncate(cache.position() + accepted.drafted - draft.len());
-                if accepted.finished {
-                    break;
+                finished = accepted.finished;
+                if !finished {
+                    let room = writing.end - writing.history.len() - 1;
+                    draft = drafter.draft(&writing.history).iter().copied().take(room).collect();
+                    let batch: Vec<u32> = writing.history.last().into_iter().chain(&draft).copied().collect();
+                    hidden = self.hidden(self.tokens(&batch)?, cache);
                 }
-                let room = writing.end - writing.history.len() - 1;
-                draft = drafter.draft(&writing.history).iter().copied().take(room).collect();
-                let batch: Vec<u32> = writing.history.last().into_iter().chain(&draft).copied().collect();
-                hidden = self.hidden(self.tokens(&batch)?, cache);
             }
             Ok(writing.history.split_off(prompt.len()))
         })
@@ -102,7 +103,7 @@ impl<B: TernaryBackend> GptOss<B> {
     fn accept(
         &self,
         draft: &[u32],
-        hidden: Tensor<B, 2>,
+        hidden: &Tensor<B, 2>,
         writing: &mut Writing,
         sampler: &mut Sampler,
         rules: &StopRules,
