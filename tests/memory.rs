@@ -43,8 +43,8 @@ fn a_memory_budget_changes_no_token_and_what_is_too_little_is_refused() {
     assert!(error.contains("hint: allow more"), "{error}");
     let needed = error.split("memory: ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
     let needed: u64 = needed.parse().unwrap();
-    // With hardly more than that, experts have to leave all the time.
-    assert_eq!(generated(&model, &["--memory-budget", &(needed + 500_000).to_string()]), generated(&model, &[]));
+    // With hardly more than that, which differs a little from run to run, experts have to leave all the time.
+    assert_eq!(generated(&model, &["--memory-budget", &(needed + 4_000_000).to_string()]), generated(&model, &[]));
 }
 
 #[cfg(target_os = "linux")]

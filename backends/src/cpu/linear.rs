@@ -53,6 +53,7 @@ impl<'a> T2Rows<'a> {
     ///
     /// # Panics
     /// If something is shorter.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn check(&self, rows: usize, tokens: &[Token<'_>]) {
         let padded = self.padded();
         let last = rows.saturating_sub(1) * self.scale_stride;

@@ -15,18 +15,17 @@
 //!
 //! # Which kernel is how fast
 //!
-//! Billions of weights times activations a second on one core, 5760 rows of 2880, in the cache / from memory: the fastest of
-//! many short runs on a busy EPYC of the Zen 4 kind (3.7 GHz, 25 GB/s of reading).
+//! Billions of weights times activations a second on one core, 5760 rows of 2880 in the cache / larger ones from memory: medians
+//! of `cargo bench -p ternoss-backends --bench ternary_linear` on a quiet EPYC of the Zen 4 kind (3.7 GHz, 28 GB/s of reading).
 //!
-//! | kernel | scale a row, 1 token | 8 tokens | u8 per 64, 1 token | 8 tokens |
+//! | kernel | scale a row, 1 token | 16 / 8 tokens | u8 per 64, 1 token | 16 / 8 tokens |
 //! |---|---|---|---|---|
-//! | AVX-512 VNNI | 130 / 121 | 203 / 203 | 108 / 100 | 157 / 155 |
-//! | AVX-VNNI's source in 256-bit AVX-512 encoding | 114 / 110 | 176 / 173 | 89 / 82 | 119 / 117 |
-//! | AVX2 | 113 / 112 | 140 / 121 | 88 / 87 | 118 / 106 |
-//! | lookup tables, AVX2 | 107 / 43 | 107 / 43 | 104 / 51 | 104 / 51 |
+//! | AVX-512 VNNI | 124 / 107 | 194 / 188 | 102 / 92 | 149 / 138 |
+//! | AVX2 | 107 / 91 | 141 / 120 | 81 / 77 | 118 / 103 |
+//! | lookup tables, AVX2 (8 tokens) | 102 / 47 | 104 / 90 | 101 / 46 | 101 / 88 |
 //!
-//! 16 and 64 tokens are as fast as 8. So multiplying is the default everywhere: looking up wins in one place only, a single
-//! token with weights that have u8 scales and lie in the cache already, at the price of a second copy of them.
+//! 64 tokens are as fast as 16, within 3 %. Looking up wins in one place: a single token on AVX2, with weights that have u8 scales
+//! and lie in the cache already. A model's weights do not, so multiplying is the default everywhere.
 //!
 //! AVX2, AVX-512 (on x86-64) and NEON with and without dot products (under qemu) are tested bit for bit. AVX-VNNI is untested
 //! as it stands: no machine at hand has it and qemu does not emulate it. It is compiled, and its source, which is AVX-512's

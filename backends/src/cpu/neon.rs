@@ -9,7 +9,9 @@ use std::arch::aarch64::*;
 use super::{
     bounds::{self, ScreenRows, TokenTerms},
     linear::T2Rows,
+    lookup::{LOOKUP_ROWS, Table},
     math::{self, Matrix},
+    scalar,
     screen::{self, Dither},
     stored::{KERNEL_TOKENS, LANES},
     tokens::{QUAD_BLOCKS, Quad, Token},
@@ -18,8 +20,6 @@ use crate::{
     format::{Rotation, T2_BLOCK_BYTES},
     ops::{ClampedSwiGlu, StoredFloat},
 };
-
-pub(super) use super::scalar::lookup_totals;
 
 /// Blocks whose products 16 bits can hold: 16 blocks * 4 quarters * 2 halves * 2 (code) * 127 = 32,512.
 const CHUNK_BLOCKS: usize = 16;
@@ -114,6 +114,16 @@ fn add_block(mut sum: int16x8_t, quarters: [int8x16_t; 4], quad: &Quad, place: u
         sum = vmlal_high_s8(sum, codes, activations);
     }
     sum
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn lookup_totals(
+    codes: &[[u8; LOOKUP_ROWS]],
+    scales: Option<&[[u8; LOOKUP_ROWS]]>,
+    tables: &[Table],
+    totals: &mut [i32],
+) {
+    scalar::lookup_totals(codes, scales, tables, totals);
 }
 
 #[target_feature(enable = "neon")]
