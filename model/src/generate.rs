@@ -165,13 +165,15 @@ impl<B: TernaryBackend> GptOss<B> {
     pub fn prefill_hidden(&self, prompt: &[u32], cache: &mut KvCache<B>) -> Result<Tensor<B, 2>, GenerateError> {
         // All of it is checked before any of it changes the cache.
         self.tokens(prompt)?;
-        let mut last = None;
-        for chunk in prompt.chunks(PREFILL_CHUNK) {
-            last = Some(self.hidden(self.tokens(chunk)?, cache));
-        }
-        let hidden = last.ok_or(GenerateError::EmptyPrompt)?;
-        let tokens = hidden.dims()[0];
-        Ok(hidden.slice_dim(0, tokens - 1..tokens))
+        B::session(|| {
+            let mut last = None;
+            for chunk in prompt.chunks(PREFILL_CHUNK) {
+                last = Some(self.hidden(self.tokens(chunk)?, cache));
+            }
+            let hidden = last.ok_or(GenerateError::EmptyPrompt)?;
+            let tokens = hidden.dims()[0];
+            Ok(hidden.slice_dim(0, tokens - 1..tokens))
+        })
     }
 }
 
