@@ -4,7 +4,7 @@
 //! - [`ops`] holds the operations: [`ternary_linear`], [`ternary_experts`], [`ternary_rows`], [`stored_linear`],
 //!   [`stored_rows`], [`screen_bounds`] and [`sink_attention`], and the trait [`TernaryBackend`] that a backend implements to run them.
 //! - [`mod@reference`] computes each of them with Burn's own operations, on any backend. Every kernel is tested against it.
-//! - [`cpu`] holds the kernels for processors, free of Burn: scalar, AVX2 and NEON, chosen at run time.
+//! - [`cpu`] holds the kernels for processors, free of Burn: scalar, AVX2, AVX-VNNI, AVX-512 and NEON, chosen at run time.
 //! - [`mapped`] maps model files into memory, so that weights are used where they lie on disk.
 //!
 //! A backend is registered by a feature: `flex` and `ndarray` share the CPU kernels; `autodiff` adds gradients to
