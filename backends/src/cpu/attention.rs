@@ -148,7 +148,7 @@ fn attend(kernels: Kernels, cache: &HeadCaches, query: Query<'_>, spec: Attentio
     scratch.scores.clear();
     scratch.scores.resize(query.sinks.len() * keys, 0.0);
     for (n, block) in blocks.clone().enumerate() {
-        let block = head.keys.block(block, &mut scratch.block);
+        let block = head.keys.block(kernels, block, &mut scratch.block);
         let out = &mut scratch.scores[n * ENTRIES..];
         kernels.add_product(
             Matrix { rows: query.q, stride: size },
@@ -167,7 +167,7 @@ fn attend(kernels: Kernels, cache: &HeadCaches, query: Query<'_>, spec: Attentio
     query.out.fill(0.0);
     for (n, block) in blocks.enumerate() {
         let rows = (n * ENTRIES).max(inner.start)..((n + 1) * ENTRIES).min(inner.end);
-        let block = head.values.block(block, &mut scratch.block);
+        let block = head.values.block(kernels, block, &mut scratch.block);
         let values = Matrix { rows: &block[(rows.start - n * ENTRIES) * size..], stride: size };
         let shares = Matrix { rows: &scratch.scores[rows.start..], stride: keys };
         kernels.add_product(shares, values, query.out, size, rows.len());

@@ -10,8 +10,9 @@
 //!
 //! A sliding layer forgets whole blocks that no window reaches any more.
 
-use half::{f16, slice::HalfFloatSliceExt};
+use half::f16;
 
+use super::Kernels;
 use crate::ops::KvFormat;
 
 /// Entries in a block.
@@ -178,12 +179,12 @@ impl Cells {
     }
 
     /// The numbers of a block as floats, without their entries' scales.
-    pub(super) fn block<'a>(&'a self, block: usize, scratch: &'a mut [f32]) -> &'a [f32] {
+    pub(super) fn block<'a>(&'a self, kernels: Kernels, block: usize, scratch: &'a mut [f32]) -> &'a [f32] {
         let cells = block * scratch.len()..(block + 1) * scratch.len();
         match self {
             Self::F32(all) => return &all[cells],
-            Self::F16(all) => all[cells].convert_to_f32_slice(scratch),
-            Self::Int8(all, _) => scratch.iter_mut().zip(&all[cells]).for_each(|(x, code)| *x = f32::from(*code)),
+            Self::F16(all) => kernels.widen_halves(&all[cells], scratch),
+            Self::Int8(all, _) => kernels.widen_bytes(&all[cells], scratch),
         }
         scratch
     }

@@ -2,6 +2,8 @@
 //! that loops become vectors; the operations, and with them the bits, stay the same, for Rust never fuses a multiplication
 //! with an addition on its own.
 
+use half::f16;
+
 use super::tokens::{QUAD, QUAD_BLOCKS, Quad};
 use crate::{
     format::{BLOCK, Rotation, T2_BLOCK_BYTES},
@@ -178,6 +180,25 @@ fn add_rows<const R: usize>(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], strid
     R
 }
 
+/// Half precision to floats, exactly, without an instruction for it: its exponent is rebased by a multiplication.
+#[inline(always)]
+pub(super) fn widen_halves(halves: &[f16], out: &mut [f32]) {
+    // 2^112, the difference of the two exponents' offsets.
+    const REBASE: f32 = f32::from_bits((112 + 127) << 23);
+    for (out, half) in out.iter_mut().zip(halves) {
+        let bits = u32::from(half.to_bits());
+        let magnitude = f32::from_bits((bits & 0x7fff) << 13) * REBASE;
+        let infinite = if bits & 0x7c00 == 0x7c00 { INFINITY_BITS } else { 0 };
+        *out = f32::from_bits(magnitude.to_bits() | infinite | (bits & 0x8000) << 16);
+    }
+}
+
+/// 8-bit numbers to floats.
+#[inline(always)]
+pub(super) fn widen_bytes(bytes: &[i8], out: &mut [f32]) {
+    out.iter_mut().zip(bytes).for_each(|(out, byte)| *out = f32::from(*byte));
+}
+
 /// `x / sqrt(mean(x^2) + epsilon) * gamma`.
 #[inline(always)]
 pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
@@ -255,6 +276,22 @@ fn t5_blocks_to_t2(t5: &[u8], t2: &mut [u8]) {
         let quarters = [next(), next(), next(), next()];
         for (j, byte) in block.iter_mut().enumerate() {
             *byte = quarters[0][j] | quarters[1][j] << 2 | quarters[2][j] << 4 | quarters[3][j] << 6;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_widens_as_half_does() {
+        let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        let mut out = vec![0.0; halves.len()];
+        widen_halves(&halves, &mut out);
+        for (half, found) in halves.iter().zip(out) {
+            let expected = half.to_f32();
+            assert!(found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan(), "{half:?}");
         }
     }
 }

@@ -63,6 +63,8 @@ mod vnni;
 
 use std::fmt;
 
+use half::f16;
+
 pub use kv::HeadCaches;
 pub use linear::unpack;
 pub use team::session;
@@ -250,6 +252,16 @@ impl Kernels {
     /// `out += a * b`: see [`math::add_product`].
     fn add_product(self, a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
         dispatch!(self, add_product(a, b, out, stride, inner));
+    }
+
+    /// Half precision to floats.
+    fn widen_halves(self, halves: &[f16], out: &mut [f32]) {
+        dispatch!(self, widen_halves(halves, out));
+    }
+
+    /// 8-bit numbers to floats.
+    fn widen_bytes(self, bytes: &[i8], out: &mut [f32]) {
+        dispatch!(self, widen_bytes(bytes, out));
     }
 
     /// The norm of one token: see [`math::rms_norm`].

@@ -6,6 +6,8 @@
 
 use std::arch::aarch64::*;
 
+use half::f16;
+
 use super::{
     bounds::{self, ScreenRows, TokenTerms},
     linear::T2Rows,
@@ -154,6 +156,16 @@ pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride:
 #[target_feature(enable = "neon")]
 pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
     math::rms_norm(x, gamma, epsilon, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn widen_halves(halves: &[f16], out: &mut [f32]) {
+    math::widen_halves(halves, out);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn widen_bytes(bytes: &[i8], out: &mut [f32]) {
+    math::widen_bytes(bytes, out);
 }
 
 #[target_feature(enable = "neon")]

@@ -1,5 +1,7 @@
 //! Plain Rust: what any processor can run, and what the others are compared with.
 
+use half::f16;
+
 use super::{
     bounds::{self, ScreenRows, TokenTerms},
     linear::T2Rows,
@@ -88,6 +90,14 @@ pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride:
 
 pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
     math::rms_norm(x, gamma, epsilon, out);
+}
+
+pub(super) fn widen_halves(halves: &[f16], out: &mut [f32]) {
+    math::widen_halves(halves, out);
+}
+
+pub(super) fn widen_bytes(bytes: &[i8], out: &mut [f32]) {
+    math::widen_bytes(bytes, out);
 }
 
 pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {

@@ -13,6 +13,8 @@ pub(super) use stored::stored_dots;
 pub(super) use t5::t5_to_t2;
 pub(super) use ternary::t2_totals;
 
+use half::f16;
+
 use super::{
     bounds::{self, TokenTerms},
     math::{self, Matrix},
@@ -57,6 +59,16 @@ pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride:
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
     math::rms_norm(x, gamma, epsilon, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn widen_halves(halves: &[f16], out: &mut [f32]) {
+    math::widen_halves(halves, out);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn widen_bytes(bytes: &[i8], out: &mut [f32]) {
+    math::widen_bytes(bytes, out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
