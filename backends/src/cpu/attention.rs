@@ -143,7 +143,8 @@ fn attend(kernels: Kernels, cache: &HeadCaches, query: Query<'_>, spec: Attentio
     let position = query.position - cache.first();
     let seen = spec.window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1;
     let blocks = seen.start / ENTRIES..seen.end.div_ceil(ENTRIES);
-    let (offset, keys) = (blocks.start * ENTRIES, blocks.len() * ENTRIES);
+    // Rows of scores whose distance is a power of two would share a set of the first cache.
+    let (offset, keys) = (blocks.start * ENTRIES, (blocks.len() + 1) * ENTRIES);
     let inner = seen.start - offset..seen.end - offset;
     scratch.scores.clear();
     scratch.scores.resize(query.sinks.len() * keys, 0.0);
