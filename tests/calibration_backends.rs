@@ -23,7 +23,8 @@ fn calibrated<B: TernaryBackend>(output: &Path) -> (Report, f64) {
     let tokenizer = Tokenizer::from_folder(checkpoint.folder()).unwrap();
     let tokens = |name: &str| tokenizer.encode(&fs::read_to_string(example(name)).unwrap(), true).unwrap();
     let text = tokens("text/calibration.txt");
-    let calibration = Calibration::new(&text, CONTEXT, 2048, checkpoint.config()).unwrap().with_fresh(&text, 4);
+    // Enough that a trit here or there, which the last bits of a sum decide, weighs less than a percent.
+    let calibration = Calibration::new(&text, CONTEXT, 8192, checkpoint.config()).unwrap().with_fresh(&text, 4);
     let options = QuantizeOptions::new(Method::Ternoss);
     let steps = Steps { reconstruction: 6, ..options.steps };
     let options = QuantizeOptions { steps, distill: 4, bits_per_weight: Some(2.7), ..options };
@@ -37,13 +38,12 @@ fn calibrated<B: TernaryBackend>(output: &Path) -> (Report, f64) {
 }
 
 #[test]
-fn flex_and_ndarray_calibrate_to_within_two_percent() {
+fn flex_and_ndarray_calibrate_to_within_one_percent() {
     let folder = tempfile::tempdir().unwrap();
     let (flex, flex_perplexity) = calibrated::<Flex>(&folder.path().join("flex"));
     let (ndarray, ndarray_perplexity) = calibrated::<NdArray>(&folder.path().join("ndarray"));
     let close = |a: f64, b: f64, share: f64| assert!((a / b - 1.0).abs() < share, "{a} {b}");
-    // Sums differ in their last bits, and with them some trits; on so little text that is a percent now and then.
-    close(flex_perplexity, ndarray_perplexity, 0.02);
+    close(flex_perplexity, ndarray_perplexity, 0.01);
     close(flex.mean_relative_error(), ndarray.mean_relative_error(), 0.01);
     assert_eq!(flex.layers[0].expert_tokens, ndarray.layers[0].expert_tokens);
     assert_eq!(flex.bits_per_weight, ndarray.bits_per_weight);

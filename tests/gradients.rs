@@ -120,8 +120,7 @@ fn every_layer_is_reconstructed_and_kept_only_where_its_error_fell() {
 fn distillation_changes_scales_and_norms_but_no_trit_and_is_kept_only_where_it_helps() {
     let folder = tempfile::tempdir().unwrap();
     let (plain, before) = quantized(folder.path().join("plain"), &[]);
-    // The rate that small models take.
-    let (output, report) = quantized(folder.path().join("output"), &["--distill", "6", "--distill-rate", "0.002"]);
+    let (output, report) = quantized(folder.path().join("output"), &["--distill", "6"]);
     assert_eq!(listing(folder.path()), ["output", "plain"]);
     let (distilled, held_out) = (report.distillation.unwrap(), report.held_out.unwrap());
     assert_eq!(distilled.steps, 6);

@@ -11,7 +11,7 @@ use ternoss_quant::TernaryConfig;
 use crate::{
     cache::KvCache,
     config::GptOssConfig,
-    layer::{Layer, norm},
+    layer::{Layer, apply_norm},
     rope::RotaryEmbedding,
     table::Table,
 };
@@ -94,7 +94,7 @@ impl<B: TernaryBackend> GptOss<B> {
     /// What the output layer sees: `[tokens]` to `[tokens, hidden]`, normed.
     pub fn hidden(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Tensor<B, 2> {
         let x = self.hidden_states(tokens, cache, |_, _| {});
-        norm(&self.norm, x)
+        apply_norm(&self.norm, x)
     }
 
     /// Runs all layers and shows `observe` the residual stream `[tokens, hidden]` before each layer (by its number)

@@ -43,13 +43,13 @@ impl<B: TernaryBackend> Mlp<B> {
 impl<B: TernaryBackend> Layer<B> {
     /// The residual stream `[tokens, hidden]` before the layer to after it.
     pub fn forward(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
-        let x = x.clone() + self.self_attn.forward(norm(&self.input_layernorm, x), rope, cache);
-        x.clone() + self.mlp.forward(norm(&self.post_attention_layernorm, x))
+        let x = x.clone() + self.self_attn.forward(apply_norm(&self.input_layernorm, x), rope, cache);
+        x.clone() + self.mlp.forward(apply_norm(&self.post_attention_layernorm, x))
     }
 }
 
-/// What the module's own `forward` gives, by the backend's operation.
-pub(crate) fn norm<B: TernaryBackend>(norm: &nn::RmsNorm<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+/// The norm of tokens `x [tokens, hidden]`: what the module's own `forward` gives, by the backend's operation.
+pub fn apply_norm<B: TernaryBackend>(norm: &nn::RmsNorm<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
     rms_norm(x, norm.gamma.val(), norm.epsilon)
 }
 

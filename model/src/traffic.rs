@@ -18,7 +18,7 @@ use crate::{
     checkpoint::ExpertMatrix,
     experts::{Experts, StreamedExperts},
     generate::PREFILL_CHUNK,
-    layer::Layer,
+    layer::{Layer, apply_norm},
     table::Table,
 };
 
@@ -189,8 +189,8 @@ impl<B: TernaryBackend> GptOss<B> {
         let rope = self.rope.tables(cache.position()..cache.position() + new, &x.device());
         let mut visits = Vec::with_capacity(self.layers.len());
         for (layer, cache) in self.layers.iter().zip(cache.layers_mut()) {
-            x = x.clone() + layer.self_attn.forward(layer.input_layernorm.forward(x), &rope, cache);
-            let normed = layer.post_attention_layernorm.forward(x.clone());
+            x = x.clone() + layer.self_attn.forward(apply_norm(&layer.input_layernorm, x), &rope, cache);
+            let normed = apply_norm(&layer.post_attention_layernorm, x.clone());
             let routing = layer.mlp.router.forward(normed.clone());
             let mut counts = vec![0; self.config.num_local_experts];
             for expert in routing.indices.clone().into_data().iter::<i64>() {

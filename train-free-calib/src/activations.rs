@@ -7,7 +7,7 @@ use burn::{
     tensor::{Tensor, TensorData},
 };
 use ternoss_backends::TernaryBackend;
-use ternoss_model::table::Table;
+use ternoss_model::{layer::apply_norm, table::Table};
 
 use crate::{
     CalibError, Calibration,
@@ -105,12 +105,12 @@ pub(crate) struct Normed<'a, B: TernaryBackend> {
 impl<B: TernaryBackend> Normed<'_, B> {
     /// A block.
     pub(crate) fn get(&self, number: usize) -> Result<Tensor<B, 2>, CalibError> {
-        Ok(self.norm.forward(self.streams.get(number)?))
+        Ok(apply_norm(self.norm, self.streams.get(number)?))
     }
 
     /// Rows by number, in ascending order.
     pub(crate) fn rows(&self, rows: &[usize]) -> Result<Tensor<B, 2>, CalibError> {
-        Ok(self.norm.forward(self.streams.rows(rows)?))
+        Ok(apply_norm(self.norm, self.streams.rows(rows)?))
     }
 }
 

@@ -14,7 +14,7 @@ use ternoss_model::{
     attention::Attention,
     cache::LayerCache,
     checkpoint::{ExpertMatrix, FolderWriter, LinearName},
-    layer::Layer,
+    layer::{Layer, apply_norm},
     rope::{RotaryEmbedding, RotaryTables},
     table::Table,
 };
@@ -173,7 +173,7 @@ impl<B: TernaryBackend> Probe<'_, B> {
         let options = LoadOptions { experts: ExpertPlacement::Streamed, ..LoadOptions::default() };
         let layer = Layer::<B>::load(self.checkpoint, self.number, options, self.device)?;
         let mut errors = LayerSensitivity::default();
-        let normed: Vec<_> = streams.iter().map(|x| layer.input_layernorm.forward(x.clone())).collect();
+        let normed: Vec<_> = streams.iter().map(|x| apply_norm(&layer.input_layernorm, x.clone())).collect();
         let window = self.checkpoint.config().window(self.number);
         let attend = |attention: &Attention<B>| {
             let attend = |x: &Tensor<B, 2>| attention.forward(x.clone(), rope, &mut LayerCache::new(window));
@@ -208,7 +208,8 @@ impl<B: TernaryBackend> Probe<'_, B> {
         errors: &mut LayerSensitivity,
     ) -> Result<(), CalibError> {
         let config = self.checkpoint.config();
-        let x = Tensor::cat(streams.iter().map(|x| layer.post_attention_layernorm.forward(x.clone())).collect(), 0);
+        let x =
+            Tensor::cat(streams.iter().map(|x| apply_norm(&layer.post_attention_layernorm, x.clone())).collect(), 0);
         let tokens = x.dims()[0];
         let visits = visits(layer.mlp.router.forward(x.clone()), config.num_local_experts, tokens, self.device);
         let mut output = x.zeros_like();

@@ -21,7 +21,7 @@ use ternoss_model::{
     Checkpoint, ExpertPlacement, GptOss, LoadOptions,
     cache::LayerCache,
     checkpoint::FINAL_NORM,
-    layer::Layer,
+    layer::{Layer, apply_norm},
     perplexity::{Comparison, rows_at_once},
     rope::{RotaryEmbedding, RotaryTables},
     table::Table,
@@ -247,7 +247,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
                 let target = targets.clone().slice_dim(0, rows.clone());
                 let target = log_softmax(self.heads[0].logits(target), 1);
                 let x = Tensor::<Autodiff<B>, 2>::from_inner(x.clone().slice_dim(0, rows)).require_grad();
-                let own = log_softmax(head.logits(norm.forward(x.clone())), 1);
+                let own = log_softmax(head.logits(apply_norm(&norm, x.clone())), 1);
                 let loss = (Tensor::from_inner(target.clone().exp()) * (Tensor::from_inner(target) - own)).sum();
                 divergence += loss.clone().into_data().iter::<f32>().map(f64::from).sum::<f64>();
                 let gradients = loss.backward();
@@ -277,7 +277,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let mut sum = Comparison::default();
         for (window, x) in held_out.zip(streams) {
             let target = self.targets.get(window)?;
-            sum.add((&self.heads[1], norm.forward(x)), (&self.heads[0], target), self.texts[window]);
+            sum.add((&self.heads[1], apply_norm(&norm, x)), (&self.heads[0], target), self.texts[window]);
         }
         Ok(HeldOut::new(&sum, self.calibration.held_out().len() * self.calibration.context()))
     }
@@ -308,19 +308,19 @@ fn targets<B: TernaryBackend>(
         let options = LoadOptions { experts: ExpertPlacement::Streamed, ..LoadOptions::default() };
         let layer = Layer::<B>::load(teacher, number, options, device)?;
         targets.update(|_, x| {
-            let normed = layer.input_layernorm.forward(x.clone());
+            let normed = apply_norm(&layer.input_layernorm, x.clone());
             Ok(x + layer.self_attn.forward(normed, &rope, &mut LayerCache::new(config.window(number))))
         })?;
         let at_once = (TOKENS_AT_ONCE / context.max(1)).max(1);
         for first in (0..texts.len()).step_by(at_once) {
             let windows = first..texts.len().min(first + at_once);
             let mut streams = windows.clone().map(|window| targets.get(window)).collect::<Result<Vec<_>, _>>()?;
-            let normed = streams.iter().map(|x| layer.post_attention_layernorm.forward(x.clone())).collect();
+            let normed = streams.iter().map(|x| apply_norm(&layer.post_attention_layernorm, x.clone())).collect();
             add_rows(&mut streams, layer.mlp.forward(Tensor::cat(normed, 0)));
             windows.zip(streams).try_for_each(|(window, x)| targets.set(window, x))?;
         }
     }
-    targets.update(|_, x| Ok(norm.forward(x)))?;
+    targets.update(|_, x| Ok(apply_norm(norm, x)))?;
     let mut file = SnapshotWriter::create(&path)?;
     targets.save(&mut file)?;
     file.finish()?;

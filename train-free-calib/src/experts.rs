@@ -9,6 +9,7 @@ use ternoss_backends::{TernaryBackend, reference::clamped_swiglu};
 use ternoss_model::{
     checkpoint::{ExpertMatrix, LinearName, TernaryPath},
     experts::{Experts, PackedExperts},
+    layer::apply_norm,
 };
 use ternoss_quant::{BitLinear, Linear, PackedTernary, TernaryTensor};
 
@@ -59,7 +60,7 @@ impl<B: TernaryBackend> LayerCalibration<'_, B> {
         teacher.update(|block, x| Ok(x + output.get(block)?))?;
         drop(output);
         let mlp = &self.student.mlp;
-        student.update(|_, x| Ok(x.clone() + mlp.forward(norm.forward(x))))
+        student.update(|_, x| Ok(x.clone() + mlp.forward(apply_norm(&norm, x))))
     }
 
     /// Makes all experts ternary; gives what they add to the teacher's stream.

@@ -7,7 +7,7 @@ use ternoss_model::{
     Checkpoint, ExpertPlacement, LoadOptions,
     cache::LayerCache,
     checkpoint::{LinearName, TernaryPath},
-    layer::Layer,
+    layer::{Layer, apply_norm},
     rope::RotaryEmbedding,
 };
 use ternoss_quant::{BitLinear, Linear, PackedTernary, TernaryTensor};
@@ -148,7 +148,7 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         }
         let mixed = |layer: &Layer<B>, streams: &Rows<B>| {
             streams.map(config.num_attention_heads * config.head_dim, |_, x| {
-                Ok(layer.self_attn.mix(norm.forward(x), &rope, &mut LayerCache::new(window)))
+                Ok(layer.self_attn.mix(apply_norm(&norm, x), &rope, &mut LayerCache::new(window)))
             })
         };
         let (teacher_mix, student_mix) = (mixed(&self.teacher, teacher)?, mixed(&self.student, student)?);

@@ -8,6 +8,7 @@ use ternoss_model::{
     Checkpoint, GptOss, GptOssConfig,
     checkpoint::{FolderWriter, fingerprint},
     config::Quantization,
+    layer::apply_norm,
     perplexity::Comparison,
     table::Table,
 };
@@ -268,7 +269,7 @@ fn held_out<B: TernaryBackend>(
     let mut sum = Comparison::default();
     for (number, window) in (activations.calibrated..).zip(calibration.held_out()) {
         let (student, teacher) = (activations.student.get(number)?, activations.teacher.get(number)?);
-        sum.add((&own_head, norm.forward(student)), (&head, norm.forward(teacher)), window);
+        sum.add((&own_head, apply_norm(&norm, student)), (&head, apply_norm(&norm, teacher)), window);
     }
     Ok(Some(HeldOut::new(&sum, calibration.held_out().len() * calibration.context())))
 }

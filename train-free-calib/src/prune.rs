@@ -20,8 +20,13 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use ternoss_backends::TernaryBackend;
 use ternoss_model::{
-    Checkpoint, CheckpointError, ExpertPlacement, LoadOptions, cache::LayerCache, checkpoint::ExpertMatrix,
-    experts::Expert, layer::Layer, rope::RotaryEmbedding, router::Router,
+    Checkpoint, CheckpointError, ExpertPlacement, LoadOptions,
+    cache::LayerCache,
+    checkpoint::ExpertMatrix,
+    experts::Expert,
+    layer::{Layer, apply_norm},
+    rope::RotaryEmbedding,
+    router::Router,
 };
 use ternoss_quant::Linear;
 
@@ -173,7 +178,7 @@ pub(crate) fn advance<B: TernaryBackend>(
     let rope = RotaryEmbedding::new(&config.rope, config.head_dim).tables(0..activations.context(), device);
     activations.teacher.update(|_, x| {
         let mut cache = LayerCache::new(config.window(number));
-        Ok(x.clone() + layer.self_attn.forward(layer.input_layernorm.forward(x), &rope, &mut cache))
+        Ok(x.clone() + layer.self_attn.forward(apply_norm(&layer.input_layernorm, x), &rope, &mut cache))
     })?;
     let inputs = Normed { streams: &activations.teacher, norm: &layer.post_attention_layernorm };
     let of = (checkpoint, number);
