@@ -28,6 +28,8 @@ pub mod mapped;
 mod ndarray;
 pub mod ops;
 pub mod reference;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod register;
 
 pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 pub use mapped::{MappedError, MappedFile};

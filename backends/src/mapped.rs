@@ -143,11 +143,38 @@ impl MappedFile {
     }
 }
 
+/// Bytes of memory of this process by the name that Linux gives them in `/proc/self/status`: `VmRSS` what is resident, mapped
+/// files included, `VmHWM` the most that ever was, `RssFile` and `RssAnon` the mapped and the allocated part. `None`
+/// where there is no such file or name.
+#[must_use]
+pub fn process_memory(name: &str) -> Option<u64> {
+    status_bytes(&std::fs::read_to_string("/proc/self/status").ok()?, name)
+}
+
+fn status_bytes(status: &str, name: &str) -> Option<u64> {
+    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
 /// Keeps the mapping alive for as long as a tensor points into it.
 struct MapOwner(Arc<Mmap>);
 
 impl AsRef<[u8]> for MapOwner {
     fn as_ref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_as_linux_writes_it() {
+        let status = "Name:\tternoss\nVmHWM:\t  7813728 kB\nVmRSS:\t      40 kB\nRssAnon:\t      16 kB\nThreads:\t3\n";
+        assert_eq!(status_bytes(status, "VmHWM"), Some(7_813_728 * 1024));
+        assert_eq!(status_bytes(status, "RssAnon"), Some(16 * 1024));
+        assert_eq!(status_bytes(status, "RssFile"), None);
+        assert_eq!(status_bytes(status, "Threads"), None, "no memory");
     }
 }

@@ -26,7 +26,6 @@ pub struct Attention<B: Backend> {
     /// `[q_heads]`
     pub sinks: Param<Tensor<B, 1>>,
     pub(crate) head_dim: usize,
-    pub(crate) window: Option<usize>,
 }
 
 impl<B: TernaryBackend> Attention<B> {

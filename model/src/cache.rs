@@ -9,39 +9,37 @@ use crate::config::GptOssConfig;
 #[derive(Clone, Debug)]
 pub struct KvCache<B: Backend> {
     layers: Vec<LayerCache<B>>,
-    position: usize,
-    spare: usize,
 }
 
 impl<B: Backend> KvCache<B> {
     /// An empty cache for a model.
     pub fn new(config: &GptOssConfig) -> Self {
         let layers = (0..config.num_hidden_layers()).map(|layer| LayerCache::new(config.window(layer))).collect();
-        Self { layers, position: 0, spare: 0 }
+        Self { layers }
     }
 
     /// An empty cache that keeps its numbers in another format.
     #[must_use]
     pub fn with_format(self, format: KvFormat) -> Self {
         let layers = self.layers.into_iter().map(|layer| layer.with_format(format)).collect();
-        Self { layers, ..self }
+        Self { layers }
     }
 
     /// An empty cache from which up to `spare` tokens can be taken back.
     #[must_use]
     pub fn with_spare(self, spare: usize) -> Self {
         let layers = self.layers.into_iter().map(|layer| layer.with_spare(spare)).collect();
-        Self { layers, spare, ..self }
+        Self { layers }
     }
 
     /// How many tokens can be taken back.
     pub fn spare(&self) -> usize {
-        self.spare
+        self.layers.first().map_or(0, LayerCache::spare)
     }
 
     /// Tokens seen so far: the position of the next one.
     pub fn position(&self) -> usize {
-        self.position
+        self.layers.first().map_or(0, LayerCache::position)
     }
 
     /// Entries layer `layer` holds.
@@ -55,14 +53,9 @@ impl<B: Backend> KvCache<B> {
     /// If a sliding layer does not keep what is needed for it: see [`with_spare`](Self::with_spare).
     pub fn truncate(&mut self, position: usize) {
         self.layers.iter_mut().for_each(|layer| layer.truncate(position));
-        self.position = self.position.min(position);
     }
 
     pub(crate) fn layers_mut(&mut self) -> impl Iterator<Item = &mut LayerCache<B>> {
         self.layers.iter_mut()
-    }
-
-    pub(crate) fn advance(&mut self, tokens: usize) {
-        self.position += tokens;
     }
 }

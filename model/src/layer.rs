@@ -6,7 +6,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 use ternoss_backends::{FormatError, TernaryBackend, rms_norm};
-use ternoss_quant::{BitLinear, BitWeight, Linear, TernaryConfig};
+use ternoss_quant::{Linear, TernaryConfig};
 
 use crate::{attention::Attention, cache::LayerCache, experts::Experts, rope::RotaryTables, router::Router};
 
@@ -56,9 +56,8 @@ pub fn apply_norm<B: TernaryBackend>(norm: &nn::RmsNorm<B>, x: Tensor<B, 2>) -> 
 impl<B: Backend> Layer<B> {
     /// Whether all its linears are packed ternary weights.
     pub(crate) fn is_packed(&self) -> bool {
-        let packed =
-            |linear: &Linear<B>| matches!(linear, Linear::Ternary(BitLinear { weight: BitWeight::Packed(_), .. }));
-        self.self_attn.projections().into_iter().all(packed) && matches!(self.mlp.experts, Experts::Ternary(_))
+        self.self_attn.projections().into_iter().all(Linear::is_packed)
+            && matches!(self.mlp.experts, Experts::Ternary(_))
     }
 
     /// The same layer with ternary linears; norms, router, biases and sinks as they are.

@@ -3,7 +3,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::checkpoint::{Checkpoint, CheckpointError, Extent};
+use ternoss_backends::mapped::process_memory;
+
+use crate::checkpoint::{Checkpoint, CheckpointError, ExpertMatrix, Extent, TableName};
 
 /// Share of its heat that an expert keeps from one token to the next.
 const COOLING: f64 = 0.98;
@@ -70,8 +72,7 @@ impl Pager {
         let (layers, count) = (config.num_hidden_layers(), config.num_local_experts);
         let experts: Vec<Vec<_>> = (0..layers)
             .map(|layer| {
-                let prefix = |matrix| format!("model.layers.{layer}.mlp.experts.{matrix}_proj.");
-                let tensors = checkpoint.extents(&[prefix("gate_up"), prefix("down")]);
+                let tensors = checkpoint.extents(&ExpertMatrix::ALL.map(|matrix| format!("{}.", matrix.path(layer))));
                 let expert = |index| {
                     let extents: Vec<_> = tensors.iter().map(|tensor| tensor.part(count, index)).collect();
                     PagedExpert { bytes: extents.iter().map(|extent| extent.len() as u64).sum(), extents }
@@ -79,7 +80,7 @@ impl Pager {
                 (0..count).map(expert).collect()
             })
             .collect();
-        let tables = checkpoint.extents(&["model.embed_tokens.".into(), "lm_head.".into()]);
+        let tables = checkpoint.extents(&TableName::ALL.map(|table| format!("{}.", table.path())));
         let bytes = |extents: &mut dyn Iterator<Item = u64>| extents.sum::<u64>();
         let all = bytes(&mut checkpoint.tensors().map(|(_, entry)| entry.bytes() as u64));
         let paged = bytes(&mut experts.iter().flatten().map(|expert| expert.bytes));
@@ -155,9 +156,7 @@ impl LayerPager {
     }
 }
 
-/// Resident memory of this process, mapped files included; `None` where `/proc` does not say.
+/// Resident memory of this process, mapped files included; `None` where the system does not say.
 fn resident_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kilobytes| kilobytes << 10)
+    process_memory("VmRSS")
 }

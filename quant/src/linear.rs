@@ -50,6 +50,11 @@ impl<B: Backend> Linear<B> {
         }
     }
 
+    /// Whether it is ternary and packed.
+    pub fn is_packed(&self) -> bool {
+        matches!(self, Self::Ternary(BitLinear { weight: BitWeight::Packed(_), .. }))
+    }
+
     /// `[out_features]`
     pub fn bias(&self) -> Option<Tensor<B, 1>> {
         let (Self::Dense(nn::Linear { bias, .. }) | Self::Ternary(BitLinear { bias, .. })) = self;

@@ -53,6 +53,7 @@ mod neon_dot;
 pub mod routing;
 mod scalar;
 pub mod screen;
+mod shared;
 pub mod stored;
 mod tasks;
 mod team;

@@ -6,22 +6,18 @@
 
 use std::arch::aarch64::*;
 
-use half::f16;
-
 use super::{
-    bounds::{self, ScreenRows, TokenTerms},
+    bounds::{self, ScreenRows},
     linear::T2Rows,
     lookup::{LOOKUP_ROWS, Table},
-    math::{self, Matrix},
-    scalar,
-    screen::{self, Dither},
+    math, scalar,
+    shared::shared_arithmetic,
     stored::{KERNEL_TOKENS, LANES},
     tokens::{QUAD_BLOCKS, Quad, Token},
 };
-use crate::{
-    format::{Rotation, T2_BLOCK_BYTES},
-    ops::{ClampedSwiGlu, StoredFloat},
-};
+use crate::{format::T2_BLOCK_BYTES, ops::StoredFloat};
+
+shared_arithmetic!("neon");
 
 /// Blocks whose products 16 bits can hold: 16 blocks * 4 quarters * 2 halves * 2 (code) * 127 = 32,512.
 const CHUNK_BLOCKS: usize = 16;
@@ -134,51 +130,6 @@ pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
 }
 
 #[target_feature(enable = "neon")]
-pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {
-    math::quantize(x, rotation, quads, block_sums)
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
-    math::swiglu(activation, gate_up, out);
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
-    math::round_token(x, rotation);
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
-    math::add_product(a, b, out, stride, inner);
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
-    math::rms_norm(x, gamma, epsilon, out);
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn widen_halves(halves: &[f16], out: &mut [f32]) {
-    math::widen_halves(halves, out);
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn widen_bytes(bytes: &[i8], out: &mut [f32]) {
-    math::widen_bytes(bytes, out);
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
-    math::sink_softmax(scores, scale, sink);
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
-    math::sink_softmax_gradient(shares, gradient, scale)
-}
-
-#[target_feature(enable = "neon")]
 pub(super) fn stored_dots(float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {
     debug_assert!(tokens.len() <= KERNEL_TOKENS);
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(tokens.len().max(1))) {
@@ -240,22 +191,6 @@ fn add_float_lanes(lanes: [float32x4_t; 4]) -> f32 {
     let x = vaddq_f32(vaddq_f32(lanes[0], lanes[2]), vaddq_f32(lanes[1], lanes[3]));
     let x = vadd_f32(vget_low_f32(x), vget_high_f32(x));
     vget_lane_f32::<0>(x) + vget_lane_f32::<1>(x)
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn screen_row(
-    float: StoredFloat,
-    words: &[u32],
-    dither: &Dither,
-    x: &mut [f32],
-    codes: &mut [u8],
-) -> [f32; 2] {
-    screen::screen_row(float, words, dither, x, codes)
-}
-
-#[target_feature(enable = "neon")]
-pub(super) fn screen_bounds(token: TokenTerms, totals: &[i32], steps: &[f32], lengths: &[f32], out: &mut [f32]) {
-    bounds::screen_bounds(token, totals, steps, lengths, out);
 }
 
 #[target_feature(enable = "neon")]

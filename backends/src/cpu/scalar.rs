@@ -1,20 +1,17 @@
 //! Plain Rust: what any processor can run, and what the others are compared with.
 
-use half::f16;
-
 use super::{
-    bounds::{self, ScreenRows, TokenTerms},
+    bounds::{self, ScreenRows},
     linear::T2Rows,
     lookup::{LOOKUP_ROWS, Table},
-    math::{self, Matrix},
-    screen::{self, Dither},
+    math,
+    shared::shared_arithmetic,
     stored::LANES,
-    tokens::{QUAD_BLOCKS, Quad, Token},
+    tokens::{QUAD_BLOCKS, Token},
 };
-use crate::{
-    format::{Rotation, T2_BLOCK_BYTES},
-    ops::{ClampedSwiGlu, StoredFloat},
-};
+use crate::{format::T2_BLOCK_BYTES, ops::StoredFloat};
+
+shared_arithmetic!();
 
 pub(super) fn t2_totals(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
     for (row, totals) in totals.chunks_exact_mut(tokens.len().max(1)).enumerate() {
@@ -72,42 +69,6 @@ pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
     math::t5_to_t2(t5, in_features, t2);
 }
 
-pub(super) fn quantize(x: &mut [f32], rotation: Option<Rotation>, quads: &mut [Quad], block_sums: &mut [i16]) -> f32 {
-    math::quantize(x, rotation, quads, block_sums)
-}
-
-pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
-    math::swiglu(activation, gate_up, out);
-}
-
-pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
-    math::round_token(x, rotation);
-}
-
-pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
-    math::add_product(a, b, out, stride, inner);
-}
-
-pub(super) fn rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]) {
-    math::rms_norm(x, gamma, epsilon, out);
-}
-
-pub(super) fn widen_halves(halves: &[f16], out: &mut [f32]) {
-    math::widen_halves(halves, out);
-}
-
-pub(super) fn widen_bytes(bytes: &[i8], out: &mut [f32]) {
-    math::widen_bytes(bytes, out);
-}
-
-pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
-    math::sink_softmax(scores, scale, sink);
-}
-
-pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
-    math::sink_softmax_gradient(shares, gradient, scale)
-}
-
 pub(super) fn stored_dots(float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(tokens.len().max(1))) {
         for (token, out) in tokens.iter().zip(out) {
@@ -135,20 +96,6 @@ fn stored_dot(float: StoredFloat, row: &[u32], token: &[f32]) -> f32 {
         width /= 2;
     }
     lanes[0]
-}
-
-pub(super) fn screen_row(
-    float: StoredFloat,
-    words: &[u32],
-    dither: &Dither,
-    x: &mut [f32],
-    codes: &mut [u8],
-) -> [f32; 2] {
-    screen::screen_row(float, words, dither, x, codes)
-}
-
-pub(super) fn screen_bounds(token: TokenTerms, totals: &[i32], steps: &[f32], lengths: &[f32], out: &mut [f32]) {
-    bounds::screen_bounds(token, totals, steps, lengths, out);
 }
 
 pub(super) fn screen_totals(rows: &ScreenRows<'_>, tokens: &[&[i8]], totals: &mut [i32]) {

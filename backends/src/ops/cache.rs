@@ -79,6 +79,12 @@ impl<B: Backend> LayerCache<B> {
         self.position
     }
 
+    /// Entries that can be taken back.
+    #[must_use]
+    pub fn spare(&self) -> usize {
+        self.spare
+    }
+
     /// How many positions a query sees.
     #[must_use]
     pub fn window(&self) -> Option<usize> {

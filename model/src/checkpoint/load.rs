@@ -46,7 +46,7 @@ pub struct LoadOptions {
     /// Resident bytes of this process at most, mapped files included: experts of a ternary model are read when they are
     /// chosen, and the coldest leave for them. Results do not change. Only where `/proc` says how much is resident.
     pub memory_budget: Option<u64>,
-    /// Rewrite t5 codes as t2 in memory: twice as fast, and the ternary weights are then held in memory instead of
+    /// Rewrite t5 codes as t2 in memory: faster, and the ternary weights are then held in memory instead of
     /// being used in the mapped files.
     pub unpack: bool,
     /// How [`new_cache`](GptOss::new_cache) keeps keys and values.
@@ -200,7 +200,6 @@ impl<'a, B: Backend> Loader<'a, B> {
             o_proj: linear(LinearName::O)?,
             sinks: self.vector(&format!("{}.self_attn.sinks", layer_path(layer)), config.num_attention_heads)?,
             head_dim: config.head_dim,
-            window: config.window(layer),
         })
     }
 

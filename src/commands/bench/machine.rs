@@ -1,9 +1,10 @@
 //! What the machine can do, and what this process takes of it.
 
-use std::{fs, hint::black_box, time::Instant};
+use std::{hint::black_box, time::Instant};
 
 use rayon::ThreadPool;
 use serde::Serialize;
+use ternoss::backends::mapped::process_memory;
 
 /// Bytes that are read to measure the bandwidth: many times what caches hold.
 const BUFFER_BYTES: usize = 512 << 20;
@@ -58,18 +59,10 @@ pub(super) struct Memory {
 impl Memory {
     /// As the system tells it, where it does (Linux).
     pub(super) fn now() -> Option<Self> {
-        Self::parse(&fs::read_to_string("/proc/self/status").ok()?)
-    }
-
-    fn parse(status: &str) -> Option<Self> {
-        let bytes = |name: &str| {
-            let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-            Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
-        };
         Some(Self {
-            peak_resident_bytes: bytes("VmHWM")?,
-            mapped_bytes: bytes("RssFile")?,
-            anonymous_bytes: bytes("RssAnon")?,
+            peak_resident_bytes: process_memory("VmHWM")?,
+            mapped_bytes: process_memory("RssFile")?,
+            anonymous_bytes: process_memory("RssAnon")?,
         })
     }
 }
@@ -84,17 +77,5 @@ mod tests {
             let numbers: Vec<u64> = (0..length as u64).collect();
             assert_eq!(sum(&numbers), numbers.iter().sum::<u64>());
         }
-    }
-
-    #[test]
-    fn memory_is_read_as_linux_writes_it() {
-        let status =
-            "Name:\tternoss\nVmHWM:\t  7813728 kB\nVmRSS:\t      40 kB\nRssAnon:\t      16 kB\nRssFile:\t      24 kB\n";
-        let memory = Memory::parse(status).unwrap();
-        assert_eq!(
-            [memory.peak_resident_bytes, memory.mapped_bytes, memory.anonymous_bytes],
-            [7_813_728 * 1024, 24 * 1024, 16 * 1024]
-        );
-        assert!(Memory::parse("Name:\tternoss\n").is_none());
     }
 }
