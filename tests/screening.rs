@@ -126,7 +126,7 @@ fn errors_on_the_shipped_table_spread_as_the_formula_says() {
     let x = host(model.hidden(model.tokens(&ids).unwrap(), &mut model.new_cache()));
     let kernels = Kernels::detect();
     let matrix = StoredRows::new(&words, rows, columns, StoredFloat::Bf16).unwrap();
-    let screen = Screen::new(kernels, &matrix);
+    let screen = Screen::new(kernels, &matrix, &mut || {});
     let run = |deviations: Option<f32>| {
         let mut out = vec![0.0; ids.len() * rows];
         match deviations {

@@ -44,11 +44,11 @@ fn output_layer(c: &mut Criterion) {
     for threads in [1, 2] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
         let started = Instant::now();
-        let screen = pool.install(|| Screen::new(kernels, &matrix));
+        let screen = pool.install(|| Screen::new(kernels, &matrix, &mut || {}));
         println!("made on {threads} threads in {:.2} s, {} bytes", started.elapsed().as_secs_f64(), screen.bytes());
     }
     rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("the first use of the pool");
-    let screen = Screen::new(kernels, &matrix);
+    let screen = Screen::new(kernels, &matrix, &mut || {});
     let rows: Vec<Option<usize>> = (0..EXACT).map(|n| Some(n * 7919 % ROWS)).collect();
     let mut group = c.benchmark_group("output_layer");
     group.sample_size(10);

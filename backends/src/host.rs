@@ -264,7 +264,7 @@ pub(crate) fn screen<B: HostBackend>(matrix: &StoredMatrix<B>, pause: &mut dyn F
     let words = matrix.words.clone().into_primitive();
     let words = B::words(&words);
     let rows = StoredRows::new(&words, matrix.rows(), matrix.columns(), matrix.float()).ok()?;
-    Some(Screen::with_pauses(Kernels::detect(), &rows, pause))
+    Some(Screen::new(Kernels::detect(), &rows, pause))
 }
 
 /// [`TernaryBackend::stored_rows`] by the kernels.

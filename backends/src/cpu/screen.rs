@@ -136,15 +136,9 @@ impl Dither {
 }
 
 impl Screen {
-    /// Copies a matrix, on all threads.
+    /// Copies a matrix, on all threads, with a pause after every [`ROWS_BETWEEN_PAUSES`] rows.
     #[must_use]
-    pub fn new(kernels: Kernels, matrix: &StoredRows<'_>) -> Self {
-        Self::with_pauses(kernels, matrix, &mut || {})
-    }
-
-    /// The same, with a pause after every [`ROWS_BETWEEN_PAUSES`] rows.
-    #[must_use]
-    pub fn with_pauses(kernels: Kernels, matrix: &StoredRows<'_>, pause: &mut dyn FnMut()) -> Self {
+    pub fn new(kernels: Kernels, matrix: &StoredRows<'_>, pause: &mut dyn FnMut()) -> Self {
         let (rows, columns) = (matrix.rows(), matrix.columns());
         let dither = Dither::new(columns);
         let row_bytes = row_bytes(columns);

@@ -3,20 +3,20 @@
 //! Call the free functions: they take and return Burn tensors of any float type, check shapes and hand `F32` to the
 //! backend. Shapes that do not fit panic, as they do in Burn's own operations; nothing in the *values* of a tensor does.
 
+mod attention;
 #[cfg_attr(not(any(feature = "flex", feature = "ndarray")), allow(dead_code, reason = "heads need a host backend"))]
 mod cache;
 mod experts;
 mod stopwatch;
 mod stored;
 
-use std::ops::Range;
-
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
+pub use attention::{AttentionSpec, ScoreView, cached_attention, sink_attention};
 pub use cache::{KvFormat, LayerCache};
 pub use experts::{ClampedSwiGlu, TernaryExperts};
 pub use stopwatch::time_in_operations;
-pub use stored::{StoredFloat, StoredMatrix};
+pub use stored::{StoredFloat, StoredMatrix, screen, screen_bounds, stored_linear, stored_linear_at, stored_rows};
 
 pub use crate::cpu::screen::Screen;
 
@@ -25,37 +25,6 @@ use crate::{
     reference,
 };
 use stopwatch::timed;
-
-/// How queries see keys in [`sink_attention`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AttentionSpec {
-    /// What scores are multiplied with before the softmax: 1 / sqrt(head size) in gpt-oss.
-    pub scale: f32,
-    /// How many positions a query sees, itself included; `None` for all that came before.
-    pub window: Option<usize>,
-}
-
-/// Which queries and keys a block of scores is of.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ScoreView {
-    /// How queries see keys.
-    pub spec: AttentionSpec,
-    /// Position of the first query.
-    pub query: usize,
-    /// Position of the first key.
-    pub key: usize,
-}
-
-impl ScoreView {
-    /// The keys of the block, of `keys` there are, that the block's query number `query` sees.
-    #[must_use]
-    pub fn seen(&self, query: usize, keys: usize) -> Range<usize> {
-        let position = self.query + query;
-        let end = (position + 1).saturating_sub(self.key).min(keys);
-        let start = self.spec.window.map_or(0, |window| (position + 1).saturating_sub(window + self.key));
-        start.min(end)..end
-    }
-}
 
 /// A Burn backend that can run the operations of this crate.
 ///
@@ -344,65 +313,6 @@ pub fn ternary_experts<B: TernaryBackend>(
     restore(timed(|| B::ternary_experts(single(x), chosen, single(weights), experts)), dtype)
 }
 
-/// A linear layer whose matrix is kept as it is stored (bf16, f16 or f32): `x [tokens, columns]`, `[tokens, rows]`.
-///
-/// Arithmetic is `f32` with fused multiply-adds. On the CPU kernels the order of the sums is fixed (see
-/// [`cpu::stored`](crate::cpu::stored)), so bits do not depend on threads, instruction set or batch. The matrix is never
-/// converted as a whole. Gradients flow to `x`.
-///
-/// # Panics
-/// If the width of `x` is not the matrix's number of columns.
-#[must_use]
-pub fn stored_linear<B: TernaryBackend>(x: Tensor<B, 2>, matrix: &StoredMatrix<B>) -> Tensor<B, 2> {
-    assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
-    let dtype = x.dtype();
-    restore(timed(|| B::stored_linear(single(x), matrix)), dtype)
-}
-
-/// The products with some rows of a stored matrix alone: `x [tokens, columns]`, `rows [n]`, `[tokens, n]`. Where the CPU
-/// kernels run they have the bits of [`stored_linear`]. A number that is no row gives NaN.
-///
-/// # Panics
-/// If the width of `x` is not the matrix's number of columns.
-#[must_use]
-pub fn stored_linear_at<B: TernaryBackend>(
-    x: Tensor<B, 2>,
-    matrix: &StoredMatrix<B>,
-    rows: Tensor<B, 1, Int>,
-) -> Tensor<B, 2> {
-    assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
-    let dtype = x.dtype();
-    restore(timed(|| B::stored_linear_at(single(x), matrix, rows)), dtype)
-}
-
-/// A copy of a stored matrix in 4 bits a weight, in this machine's memory, that says which rows cannot have a large product:
-/// see [`cpu::screen`](crate::cpu::screen). `None` on a backend that has no kernel for it, where [`stored_linear`] is all
-/// there is. Takes all threads for a while, with a `pause` now and then, in which what was read can be let go.
-#[must_use]
-pub fn screen<B: TernaryBackend>(matrix: &StoredMatrix<B>, mut pause: impl FnMut()) -> Option<Screen> {
-    B::screen(matrix, &mut pause)
-}
-
-/// What each product of `x [tokens, columns]` with a row of the matrix behind `screen` is at most: `[tokens, rows]`.
-///
-/// A product is above its bound with a probability of at most 1.3e-14. That is also the probability that the largest of a
-/// token's products belongs to a row whose bound is below another product: see [`cpu::screen`](crate::cpu::screen). Bounds
-/// are never NaN; a token or a row that could leave the range of floats has infinite ones. No gradients.
-///
-/// # Panics
-/// If the width of `x` is not the screen's number of columns.
-#[must_use]
-pub fn screen_bounds<B: TernaryBackend>(x: Tensor<B, 2>, screen: &Screen) -> Tensor<B, 2> {
-    assert_eq!(x.dims()[1], screen.columns(), "width of x and columns of the screen");
-    timed(|| B::screen_bounds(single(x), screen))
-}
-
-/// Rows of a stored matrix (an embedding): `ids [n]`, `[n, columns]` in `F32`. An id that is no row gives a row of NaN.
-#[must_use]
-pub fn stored_rows<B: TernaryBackend>(matrix: &StoredMatrix<B>, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
-    timed(|| B::stored_rows(matrix, ids))
-}
-
 /// Rows of a ternary matrix (a compact embedding): `ids [n]`, `[n, in_features]` in `F32`,
 ///
 /// ```text
@@ -422,62 +332,6 @@ pub fn ternary_rows<B: TernaryBackend>(
 ) -> Tensor<B, 2> {
     assert!(matrix < weight.layout.matrices, "matrix {matrix} of {:?}", weight.layout);
     timed(|| B::ternary_rows(weight, matrix, ids))
-}
-
-/// Grouped-query attention with sinks, causal, with an optional sliding window: `[T, q_heads * d]`.
-///
-/// `q` is `[q_heads, T, d]`, `k` and `v` are `[kv_heads, L, d]` with `L >= T`, `sinks` is `[q_heads]`. Query `i` stands
-/// at position `p = L - T + i` and sees the keys `j <= p`, with a window only those with `j > p - window`. Query head `h`
-/// uses key head `h / (q_heads / kv_heads)`. The softmax runs over the scores and one more, the head's sink, whose share
-/// is then dropped (gpt-oss model card, section 2.2): a head can attend to nothing.
-///
-/// # Panics
-/// If shapes do not fit each other, or `window` is 0.
-#[must_use]
-pub fn sink_attention<B: TernaryBackend>(
-    q: Tensor<B, 3>,
-    k: Tensor<B, 3>,
-    v: Tensor<B, 3>,
-    sinks: Tensor<B, 1>,
-    spec: AttentionSpec,
-) -> Tensor<B, 2> {
-    let [q_heads, queries, size] = q.dims();
-    let [kv_heads, keys, _] = k.dims();
-    assert!(kv_heads > 0 && q_heads.is_multiple_of(kv_heads), "{q_heads} query heads on {kv_heads} key heads");
-    assert_eq!(k.dims(), [kv_heads, keys, size], "shape of the keys");
-    assert_eq!(v.dims(), [kv_heads, keys, size], "shape of the values");
-    assert_eq!(sinks.dims(), [q_heads], "one sink a query head");
-    assert!(keys >= queries, "{queries} queries at the end of {keys} keys");
-    assert!(spec.window != Some(0), "a window includes the query's own position");
-    let dtype = q.dtype();
-    restore(timed(|| B::sink_attention(single(q), single(k), single(v), single(sinks), spec)), dtype)
-}
-
-/// [`sink_attention`] of new tokens over a cache that takes them in: `[tokens, q_heads * head_dim]`.
-///
-/// `qkv` are the new tokens' queries `[tokens, q_heads * head_dim]`, keys and values `[tokens, kv_heads * head_dim]`, one head
-/// after the other; `rope` the cosines and sines of their positions, `[tokens, head_dim / 2]`. Queries and keys are rotated:
-/// a pair is dimension `i` and `i + head_dim / 2` of a head. The window is the cache's. What a query gives does not
-/// depend on how many tokens came with it.
-///
-/// # Panics
-/// If shapes do not fit each other.
-#[must_use]
-pub fn cached_attention<B: TernaryBackend>(
-    qkv: [Tensor<B, 2>; 3],
-    rope: [Tensor<B, 2>; 2],
-    sinks: Tensor<B, 1>,
-    scale: f32,
-    cache: &mut LayerCache<B>,
-) -> Tensor<B, 2> {
-    let ([tokens, half], heads) = (rope[0].dims(), sinks.dims()[0]);
-    let ([q, k, v], size) = (qkv.each_ref().map(Tensor::dims), 2 * half);
-    assert_eq!(q, [tokens, heads * size], "queries of {heads} heads of {size}");
-    assert!(k == v && k[0] == tokens && k[1] > 0 && k[1].is_multiple_of(size), "keys {k:?} and values {v:?}");
-    assert!((heads * size).is_multiple_of(k[1]), "{heads} query heads on {} key heads", k[1] / size);
-    assert_eq!(rope[1].dims(), [tokens, half], "sines of the positions");
-    let dtype = qkv[0].dtype();
-    restore(timed(|| B::cached_attention(qkv.map(single), rope.map(single), single(sinks), scale, cache)), dtype)
 }
 
 /// The tensor in `F32`, for free if it already is.

@@ -4,6 +4,7 @@ use burn::tensor::{DType, Int, Tensor, backend::Backend};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
+use super::{Screen, TernaryBackend, restore, single, timed};
 use crate::format::{FormatError, check_dtype, check_shape};
 
 /// The float type a frozen matrix is stored in.
@@ -134,4 +135,63 @@ impl<B: Backend> StoredMatrix<B> {
     pub const fn float(&self) -> StoredFloat {
         self.float
     }
+}
+
+/// A linear layer whose matrix is kept as it is stored (bf16, f16 or f32): `x [tokens, columns]`, `[tokens, rows]`.
+///
+/// Arithmetic is `f32` with fused multiply-adds. On the CPU kernels the order of the sums is fixed (see
+/// [`cpu::stored`](crate::cpu::stored)), so bits do not depend on threads, instruction set or batch. The matrix is never
+/// converted as a whole. Gradients flow to `x`.
+///
+/// # Panics
+/// If the width of `x` is not the matrix's number of columns.
+#[must_use]
+pub fn stored_linear<B: TernaryBackend>(x: Tensor<B, 2>, matrix: &StoredMatrix<B>) -> Tensor<B, 2> {
+    assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
+    let dtype = x.dtype();
+    restore(timed(|| B::stored_linear(single(x), matrix)), dtype)
+}
+
+/// The products with some rows of a stored matrix alone: `x [tokens, columns]`, `rows [n]`, `[tokens, n]`. Where the CPU
+/// kernels run they have the bits of [`stored_linear`]. A number that is no row gives NaN.
+///
+/// # Panics
+/// If the width of `x` is not the matrix's number of columns.
+#[must_use]
+pub fn stored_linear_at<B: TernaryBackend>(
+    x: Tensor<B, 2>,
+    matrix: &StoredMatrix<B>,
+    rows: Tensor<B, 1, Int>,
+) -> Tensor<B, 2> {
+    assert_eq!(x.dims()[1], matrix.columns(), "width of x and columns of the stored matrix");
+    let dtype = x.dtype();
+    restore(timed(|| B::stored_linear_at(single(x), matrix, rows)), dtype)
+}
+
+/// A copy of a stored matrix in 4 bits a weight, in this machine's memory, that says which rows cannot have a large product:
+/// see [`cpu::screen`](crate::cpu::screen). `None` on a backend that has no kernel for it, where [`stored_linear`] is all
+/// there is. Takes all threads for a while, with a `pause` now and then, in which what was read can be let go.
+#[must_use]
+pub fn screen<B: TernaryBackend>(matrix: &StoredMatrix<B>, mut pause: impl FnMut()) -> Option<Screen> {
+    B::screen(matrix, &mut pause)
+}
+
+/// What each product of `x [tokens, columns]` with a row of the matrix behind `screen` is at most: `[tokens, rows]`.
+///
+/// A product is above its bound with a probability of at most 1.3e-14. That is also the probability that the largest of a
+/// token's products belongs to a row whose bound is below another product: see [`cpu::screen`](crate::cpu::screen). Bounds
+/// are never NaN; a token or a row that could leave the range of floats has infinite ones. No gradients.
+///
+/// # Panics
+/// If the width of `x` is not the screen's number of columns.
+#[must_use]
+pub fn screen_bounds<B: TernaryBackend>(x: Tensor<B, 2>, screen: &Screen) -> Tensor<B, 2> {
+    assert_eq!(x.dims()[1], screen.columns(), "width of x and columns of the screen");
+    timed(|| B::screen_bounds(single(x), screen))
+}
+
+/// Rows of a stored matrix (an embedding): `ids [n]`, `[n, columns]` in `F32`. An id that is no row gives a row of NaN.
+#[must_use]
+pub fn stored_rows<B: TernaryBackend>(matrix: &StoredMatrix<B>, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+    timed(|| B::stored_rows(matrix, ids))
 }

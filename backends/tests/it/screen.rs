@@ -54,7 +54,7 @@ fn bounds_of(kernels: Kernels, screen: &Screen, x: &[f32], deviations: f32) -> V
 /// How far each product is from its estimate, in standard deviations: bounds are linear in their number.
 fn deviations(stored: &Stored, x: &[f32]) -> Vec<f64> {
     let kernels = Kernels::detect();
-    let screen = Screen::new(kernels, &stored.view());
+    let screen = Screen::new(kernels, &stored.view(), &mut || {});
     let (estimate, one) = (bounds_of(kernels, &screen, x, 0.0), bounds_of(kernels, &screen, x, 1.0));
     let sigma = estimate.iter().zip(&one).map(|(estimate, one)| f64::from(one - estimate));
     let error = stored.exact(x).into_iter().zip(&estimate).map(|(exact, estimate)| f64::from(exact - estimate));
@@ -122,10 +122,10 @@ proptest! {
         let stored = Stored::new(float, [row_sizes.len(), columns], &scaled(&row_sizes, seed));
         let x = scaled(&token_sizes, seed ^ 1);
         let plain = all_kernels().next().unwrap();
-        let expected = Screen::new(plain, &stored.view());
+        let expected = Screen::new(plain, &stored.view(), &mut || {});
         let expected_bounds = bounds_of(plain, &expected, &x, DEVIATIONS);
         for kernels in all_kernels() {
-            let screen = Screen::new(kernels, &stored.view());
+            let screen = Screen::new(kernels, &stored.view(), &mut || {});
             prop_assert!(screen == expected, "{}", kernels.isa());
             assert_same(&bounds_of(kernels, &screen, &x, DEVIATIONS), &expected_bounds, &format!("{}", kernels.isa()));
         }
@@ -140,12 +140,12 @@ fn a_screen_and_its_bounds_do_not_depend_on_threads_or_batch() {
     let stored = Stored::noise(StoredFloat::Bf16, [1500, 2880], 1);
     let x = Noise::new(2).floats(11 * 2880);
     for kernels in all_kernels() {
-        let expected = Screen::new(kernels, &stored.view());
+        let expected = Screen::new(kernels, &stored.view(), &mut || {});
         let alone: Vec<f32> = x.chunks(2880).flat_map(|x| bounds_of(kernels, &expected, x, DEVIATIONS)).collect();
         for threads in [1, 3] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
-                let screen = Screen::new(kernels, &stored.view());
+                let screen = Screen::new(kernels, &stored.view(), &mut || {});
                 assert!(screen == expected, "{} on {threads} threads", kernels.isa());
                 assert_same(&bounds_of(kernels, &screen, &x, DEVIATIONS), &alone, &format!("{threads} threads"));
             });
@@ -180,7 +180,7 @@ fn backend_screens<B: TernaryBackend>() {
     let table = StoredMatrix::<B>::new(words, 90, StoredFloat::Bf16).unwrap();
     let x = Noise::new(2).floats(3 * 90);
     let screen = screen(&table, || {}).unwrap();
-    assert!(screen == Screen::new(Kernels::detect(), &stored.view()));
+    assert!(screen == Screen::new(Kernels::detect(), &stored.view(), &mut || {}));
     let found = values(screen_bounds(matrix::<B>(&x, [3, 90]), &screen));
     assert_same(&found, &bounds_of(Kernels::detect(), &screen, &x, DEVIATIONS), "bounds");
     let ids = Tensor::from_data(TensorData::new(vec![5i64, 299, 300, -1], [4]), &B::Device::default());
