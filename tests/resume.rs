@@ -110,6 +110,26 @@ fn a_calibration_on_disk_killed_again_and_again_gives_the_same_bytes() {
 }
 
 #[test]
+fn a_run_killed_at_its_very_end_gives_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, output) = (folder.path().join("whole"), folder.path().join("output"));
+    quantize(&whole, "ternoss");
+    let partial = folder.path().join("output.partial");
+    // The note after the last layer's: from then on what the layers left is removed.
+    let caught = (0..100).any(|_| {
+        let _ = fs::remove_dir_all(&output);
+        let at_work = killed(&arguments(&output, "ternoss"), || partial.join("step-00005.json").exists());
+        at_work && partial.exists() && !output.exists()
+    });
+    assert!(caught, "every run ended before it could be killed");
+    for layers in 0..=4 {
+        let _ = fs::remove_file(partial.join(format!("activations-{layers:05}.bin")));
+    }
+    quantize(&output, "ternoss");
+    assert_same(&whole, &output);
+}
+
+#[test]
 fn a_distillation_killed_again_and_again_gives_the_same_bytes() {
     kills_change_nothing("absmean --calibration-tokens 2688 --calibration-context 128 --distill 24");
 }

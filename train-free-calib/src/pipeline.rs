@@ -174,7 +174,9 @@ pub(crate) fn calibrate<B: TernaryBackend>(
     let tables = ternary_tables(checkpoint, recipe, &writer)?;
     // Where experts are dropped and no step looks at the text, only the full-precision stream goes through the layers.
     let looked_at = calibration.filter(|_| fits || recipe.keep_experts.is_some());
-    let mut activations = match looked_at {
+    // Found out by a run that was killed at its very end, when the activations may be gone already.
+    let known: Option<Option<HeldOut>> = (done.len() > layers).then(|| writer.note(layers + 1)).flatten();
+    let mut activations = match looked_at.filter(|_| known.is_none()) {
         Some(calibration) => {
             let memory = ActivationMemory::new(writer.folder(), options.activation_memory);
             let hidden = checkpoint.config().hidden_size;
@@ -191,15 +193,21 @@ pub(crate) fn calibrate<B: TernaryBackend>(
     for step in done.len()..=layers {
         done.push(take_step(job, step, activations.as_mut(), &mut writer)?);
     }
+    let held_out = match (known, &activations, calibration) {
+        (Some(known), ..) => known,
+        (None, Some(activations), Some(calibration)) if fits => {
+            held_out(checkpoint, tables.as_ref(), calibration, activations, device)?
+        }
+        _ => None,
+    };
+    writer.commit(layers + 1, &json!(held_out))?;
     // Any of them may be left of a run that was killed.
     (0..=layers).for_each(|layers| writer.remove(&activations_file(layers)));
     writer.remove(PLAN_FILE);
     let mut report = Report::new(checkpoint, recipe, options.target_size, looked_at, done);
     report.planes = job.plan.as_ref().map_or(recipe.planes, Plan::most);
     report.run = fingerprint_of(&settings);
-    if let (Some(activations), Some(calibration), true) = (&activations, calibration, fits) {
-        report.held_out = held_out(checkpoint, tables.as_ref(), calibration, activations, device)?;
-    }
+    report.held_out = held_out;
     // Their files are about to be renamed.
     drop((tables, activations));
     finish(checkpoint, config, &report, writer)?;

@@ -53,7 +53,7 @@ impl FolderWriter {
         Ok((writer, notes))
     }
 
-    /// Notes that weight file `number` and all before it are done.
+    /// Notes that weight file `number` and all before it are done; the number after the last is for what is found out then.
     ///
     /// # Errors
     /// [`CheckpointError::Io`]
@@ -62,6 +62,11 @@ impl FolderWriter {
         let path = self.partial.join(note_name(number));
         fs::rename(self.partial.join(temporary(number)), &path).map_err(|source| CheckpointError::io(&path, source))?;
         sync(&self.partial)
+    }
+
+    /// What was noted under a number; `None` if nothing readable was.
+    pub fn note<T: DeserializeOwned>(&self, number: usize) -> Option<T> {
+        serde_json::from_slice(&fs::read(self.partial.join(note_name(number))).ok()?).ok()
     }
 
     /// Lets what is there outlive an error from now on: an earlier run made some of it.
@@ -86,7 +91,7 @@ impl FolderWriter {
 
     /// The note of a weight file that is done and readable; takes it into the index.
     fn finished_step<T: DeserializeOwned>(&mut self, number: usize) -> Option<T> {
-        let note = serde_json::from_slice(&fs::read(self.partial.join(note_name(number))).ok()?).ok()?;
+        let note = self.note(number)?;
         let file = self.shard_name(number);
         let path = self.partial.join(&file);
         let tensors = read_header(&path, &MappedFile::open(&path).ok()?, 0).ok()?;
@@ -101,7 +106,8 @@ impl FolderWriter {
     pub(super) fn remove_notes(&self, folder: &Path) {
         // They do no harm where they cannot be removed.
         let _ = fs::remove_file(folder.join(SETTINGS_FILE));
-        for number in 0..self.shards {
+        // One more than there are weight files, for what is noted when all are done.
+        for number in 0..=self.shards {
             let _ = fs::remove_file(folder.join(note_name(number)));
             let _ = fs::remove_file(folder.join(temporary(number)));
         }
