@@ -18,6 +18,8 @@ compile_error!("packed weights are little-endian words and are used in place: bi
 #[cfg(feature = "autodiff")]
 mod autodiff;
 pub mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod format;
