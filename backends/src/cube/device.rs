@@ -46,6 +46,12 @@ pub(super) fn is_finite(x: f32) -> bool {
     (u32::reinterpret(x) & 0x7f80_0000u32) != 0x7f80_0000u32
 }
 
+/// By its bits, as [`is_finite`].
+#[cube]
+pub(super) fn is_nan(x: f32) -> bool {
+    (u32::reinterpret(x) & 0x7fff_ffffu32) > 0x7f80_0000u32
+}
+
 /// A NaN that no compiler knows of.
 #[cube]
 pub(super) fn nan() -> f32 {

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::room,
-    device::{is_finite, is_minus, max_of_cube, nan, round, sum_of_cube},
+    device::{is_finite, is_minus, is_nan, max_of_cube, nan, round, sum_of_cube},
 };
 use crate::{
     format::{BLOCK, Rotation, TernaryLayout},
@@ -197,7 +197,9 @@ fn load(
 /// [`ClampedSwiGlu`] of a gate and its up.
 #[cube]
 fn gated(gate: f32, up: f32, alpha: f32, limit: f32) -> f32 {
+    // A minimum may forget a NaN.
+    let broken = is_nan(gate) || is_nan(up);
     let gate = min(gate, limit);
     let up = clamp(up, -limit, limit);
-    (up + 1.0) * gate / (1.0 + f32::exp(-alpha * gate))
+    select(broken, nan(), (up + 1.0) * gate / (1.0 + f32::exp(-alpha * gate)))
 }
