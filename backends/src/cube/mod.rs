@@ -3,6 +3,8 @@
 //! They are written for Burn's [`CubeBackend`] without fusion, for which [`Wgpu`] and [`Cuda`] stand here whatever features
 //! an app has switched on in Burn itself.
 
+pub mod devices;
+
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
 
 use crate::ops::TernaryBackend;
