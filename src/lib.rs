@@ -9,8 +9,8 @@
 //! | [`model`] | `ternoss-model` | GPT-OSS as Burn modules, checkpoints, tokenizer, generation |
 //! | [`calib`] | `ternoss-calib` | quantization methods and the streaming pipeline |
 //!
-//! Features: `flex` and `ndarray` register the CPU kernels for a Burn backend, `autodiff` adds gradients, `tokenizer`
-//! and `hub` add text and downloads, and `cli` (the default) is all that the `ternoss` program needs.
+//! Features: `flex` and `ndarray` register the CPU kernels for a Burn backend, `wgpu` and `cuda` those for GPUs, `autodiff` adds
+//! gradients, `tokenizer` and `hub` add text and downloads, and `cli` (the default) is all that the `ternoss` program needs.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 pub use ternoss_backends as backends;
@@ -21,6 +21,10 @@ pub use ternoss_quant as quant;
 #[cfg(feature = "hub")]
 pub mod hub;
 
-/// The backend the `ternoss` program computes on.
+/// The backend the `ternoss` program computes on unless another is chosen.
 #[cfg(feature = "flex")]
 pub type Cpu = burn_flex::Flex;
+
+/// The other one for processors.
+#[cfg(feature = "ndarray")]
+pub type NdArray = burn_ndarray::NdArray;

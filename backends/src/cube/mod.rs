@@ -6,6 +6,7 @@
 mod attention;
 mod buffer;
 mod device;
+pub mod devices;
 mod experts;
 mod linear;
 mod routing;

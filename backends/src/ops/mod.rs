@@ -49,14 +49,7 @@ pub trait TernaryBackend: Backend {
     /// See [`ternary_linears`].
     #[must_use]
     fn ternary_linears(x: Tensor<Self, 2>, linears: &[BiasedWeight<Self>]) -> Vec<Tensor<Self, 2>> {
-        let product = |linear: &BiasedWeight<Self>| {
-            let y = Self::ternary_linear(x.clone(), &linear.weight, 0);
-            match &linear.bias {
-                Some(bias) => y + bias.clone().unsqueeze(),
-                None => y,
-            }
-        };
-        linears.iter().map(product).collect()
+        reference::ternary_linears(x, linears)
     }
 
     /// See [`rms_norm`].
