@@ -10,6 +10,9 @@ super::product::vector_products!("avx512f,avx512bw,avx512vl,avx2,fma,f16c");
 type Vector = __m512;
 
 const LANES: usize = 16;
+/// Bytes between what is read and what is fetched meanwhile.
+const AHEAD: usize = 16 * 1024;
+
 const ROWS: usize = 8;
 
 /// Numbers that load as floats.
@@ -65,4 +68,10 @@ fn splat(x: f32) -> Vector {
 #[target_feature(enable = "avx512f")]
 fn multiply_add(a: Vector, b: Vector, sum: Vector) -> Vector {
     _mm512_fmadd_ps(a, b, sum)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(from: *const u8) {
+    _mm_prefetch::<_MM_HINT_T1>(from.cast());
 }

@@ -95,22 +95,35 @@ pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
 /// returns what they and the sink's add up to.
 #[inline(always)]
 pub(super) fn sink_exponentials(scores: &mut [f32], scale: f32, sink: f32) -> f32 {
-    let mut top = [sink; LANES];
     let largest = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
-    for scores in scores.chunks_mut(LANES) {
-        for (score, top) in scores.iter_mut().zip(&mut top) {
+    // Whole chunks first: their accumulators stay in registers. Four side by side hide how long a comparison takes.
+    let mut tops = [sink; 4 * LANES];
+    let (chunks, rest) = scores.as_chunks_mut::<{ 4 * LANES }>();
+    let look = |scores: &mut [f32], tops: &mut [f32; 4 * LANES]| {
+        for (score, top) in scores.iter_mut().zip(tops) {
             *score *= scale;
             *top = largest(*score, *top);
         }
+    };
+    chunks.iter_mut().for_each(|scores| look(scores, &mut tops));
+    look(rest, &mut tops);
+    let mut width = tops.len();
+    while width > 1 {
+        width /= 2;
+        let (low, high) = tops.split_at_mut(width);
+        low.iter_mut().zip(&*high).for_each(|(a, b)| *a = largest(*a, *b));
     }
-    let top = top.into_iter().fold(sink, largest);
+    let top = tops[0];
     let mut sums = [0.0f32; LANES];
-    for scores in scores.chunks_mut(LANES) {
-        for (score, sum) in scores.iter_mut().zip(&mut sums) {
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    let add = |scores: &mut [f32], sums: &mut [f32; LANES]| {
+        for (score, sum) in scores.iter_mut().zip(sums) {
             *score = exp(*score - top);
             *sum += *score;
         }
-    }
+    };
+    chunks.iter_mut().for_each(|scores| add(scores, &mut sums));
+    add(rest, &mut sums);
     sums.iter().sum::<f32>() + exp(sink - top)
 }
 

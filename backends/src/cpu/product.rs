@@ -246,6 +246,7 @@ macro_rules! vector_products {
                     for v in 0..VECTORS {
                         row[v] = T::load(from.add(i * stride + v * LANES));
                     }
+                    prefetch(from.add(i * stride).cast::<u8>().wrapping_add(AHEAD));
                     for r in 0..R {
                         let factor = splat(*a.add(r * a_stride + i));
                         for v in 0..VECTORS {

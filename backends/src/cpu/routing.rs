@@ -55,7 +55,12 @@ pub fn route(
     let work = x.chunks(rows * hidden).zip(scores.chunks_mut(rows * experts)).collect();
     tasks::run(work, parallel, |(x, scores)| {
         let weight = Panels::of_rows(Numbers::F32(weight), experts);
-        kernels.add_product(Rows { numbers: x, stride: hidden }, weight, hidden, Sums { numbers: scores, stride: experts });
+        kernels.add_product(
+            Rows { numbers: x, stride: hidden },
+            weight,
+            hidden,
+            Sums { numbers: scores, stride: experts },
+        );
     });
     let (mut chosen, mut weights) = (Vec::with_capacity(tokens * k), Vec::with_capacity(tokens * k));
     let mut order: Vec<usize> = Vec::new();

@@ -10,6 +10,9 @@ super::super::product::vector_products!("avx2,fma,f16c");
 type Vector = __m256;
 
 const LANES: usize = 8;
+/// Bytes between what is read and what is fetched meanwhile.
+const AHEAD: usize = 16 * 1024;
+
 const ROWS: usize = 4;
 
 /// Numbers that load as floats.
@@ -65,4 +68,10 @@ fn splat(x: f32) -> Vector {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn multiply_add(a: Vector, b: Vector, sum: Vector) -> Vector {
     _mm256_fmadd_ps(a, b, sum)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prefetch(from: *const u8) {
+    _mm_prefetch::<_MM_HINT_T0>(from.cast());
 }
