@@ -37,7 +37,7 @@ pub(super) struct HeadCache {
 }
 
 /// Numbers of some blocks.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) enum Cells {
     F32(Vec<f32>),
     F16(Vec<f16>),
@@ -108,6 +108,22 @@ impl HeadCaches {
         for head in &mut self.heads {
             head.keys.keep(blocks, self.head_dim);
             head.values.keep(blocks, self.head_dim);
+        }
+    }
+}
+
+impl Clone for Cells {
+    /// A copy is made to be continued, so it has room for some blocks: else its next entry would move all of them.
+    fn clone(&self) -> Self {
+        fn roomy<T: Copy>(cells: &[T]) -> Vec<T> {
+            let mut copy = Vec::with_capacity(cells.len() + (cells.len() / 8).max(1 << 14));
+            copy.extend_from_slice(cells);
+            copy
+        }
+        match self {
+            Self::F32(cells) => Self::F32(roomy(cells)),
+            Self::F16(cells) => Self::F16(roomy(cells)),
+            Self::Int8(cells, scales) => Self::Int8(roomy(cells), roomy(scales)),
         }
     }
 }
