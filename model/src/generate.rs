@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Tensor, backend::Backend};
-use ternoss_backends::TernaryBackend;
+use ternoss_backends::{TernaryBackend, largest};
 
 use crate::{
     GptOss, KvCache, TokenOutOfRange,
@@ -146,7 +146,7 @@ impl<B: TernaryBackend> GptOss<B> {
         let screened = if sampler.can_screen() { self.lm_head.screened(&hidden) } else { None };
         match screened.as_ref().and_then(|tokens| tokens.first()) {
             Some(logits) => sampler.sample_screened(logits, history),
-            None => sampler.sample(&host(self.lm_head.logits(hidden)), history),
+            None => choose(self.lm_head.logits(hidden), sampler, history),
         }
     }
 
@@ -174,6 +174,22 @@ impl<B: TernaryBackend> GptOss<B> {
             let tokens = hidden.dims()[0];
             Ok(hidden.slice_dim(0, tokens - 1..tokens))
         })
+    }
+}
+
+/// Chooses from logits `[1, vocabulary]`, of which as few as possible are read from where they are.
+fn choose<B: TernaryBackend>(
+    logits: Tensor<B, 2>,
+    sampler: &mut Sampler,
+    history: &[u32],
+) -> Result<u32, SamplingError> {
+    let k = sampler.decided_by().map(|k| k.min(logits.dims()[1])).filter(|k| *k > 0);
+    match k.and_then(|k| largest(logits.clone(), k)) {
+        Some((tokens, logits)) => {
+            let tokens: Vec<u32> = tokens.into_data().iter::<u32>().collect();
+            sampler.sample_largest(tokens.into_iter().zip(host(logits)).collect())
+        }
+        None => sampler.sample(&host(logits), history),
     }
 }
 

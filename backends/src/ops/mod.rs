@@ -108,6 +108,12 @@ pub trait TernaryBackend: Backend {
         reference::screen_bounds(x, screen)
     }
 
+    /// See [`largest`]: none, unless reading a few numbers back from the backend's memory is better than reading all.
+    #[must_use]
+    fn largest(_x: Tensor<Self, 2>, _k: usize) -> Option<(Tensor<Self, 2, Int>, Tensor<Self, 2>)> {
+        None
+    }
+
     /// See [`stored_rows`].
     #[must_use]
     fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
@@ -280,6 +286,17 @@ pub fn route<B: TernaryBackend>(
     let dtype = x.dtype();
     let (chosen, weights) = timed(|| B::route(single(x), single(weight), single(bias), k));
     (chosen, restore(weights, dtype))
+}
+
+/// The `k` largest numbers of each row of `x [rows, n]`, best first, of equal ones the first: where they are and what they are,
+/// `[rows, k]` each. NaN counts as the largest. `None` on a backend that has no use for it, or for so many.
+///
+/// # Panics
+/// If a row has fewer than `k` numbers, or `k` is 0.
+#[must_use]
+pub fn largest<B: TernaryBackend>(x: Tensor<B, 2>, k: usize) -> Option<(Tensor<B, 2, Int>, Tensor<B, 2>)> {
+    assert!(k > 0 && k <= x.dims()[1], "the {k} largest of {}", x.dims()[1]);
+    timed(|| B::largest(single(x), k))
 }
 
 /// The routed feed-forward block: `x [tokens, hidden]` through the experts that each token chose, `[tokens, hidden]`.

@@ -1,13 +1,13 @@
 //! The GPU kernels against the definitions and against Burn's operations. Skipped, with a word, where no Vulkan driver is.
 
-use std::panic;
-
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use burn_flex::Flex;
 use proptest::prelude::*;
 use ternoss_backends::{
-    BiasedWeight, CodeFormat, StoredFloat, StoredMatrix, TernaryBackend, cube::Wgpu, rms_norm, route, stored_linear,
-    stored_linear_at, stored_rows, ternary_linear, ternary_linears, ternary_rows,
+    BiasedWeight, CodeFormat, StoredFloat, StoredMatrix, TernaryBackend,
+    cube::{Wgpu, devices::wgpu_devices},
+    largest, rms_norm, route, stored_linear, stored_linear_at, stored_rows, ternary_linear, ternary_linears,
+    ternary_rows,
 };
 
 use crate::{
@@ -16,16 +16,15 @@ use crate::{
     support::{Noise, Weights, any_layout, assert_close, assert_same, matrix, values},
 };
 
-/// Whether there is a device, asked once: without one the runtime panics.
+/// Whether there is a device.
 fn device() -> bool {
-    static DEVICE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *DEVICE.get_or_init(|| {
-        let found = panic::catch_unwind(|| Tensor::<Wgpu, 1>::zeros([1], &Default::default()).into_data());
-        if found.is_err() {
-            eprintln!("no device for wgpu: skipped");
+    match wgpu_devices() {
+        Ok(_) => true,
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            false
         }
-        found.is_ok()
-    })
+    }
 }
 
 fn naive(weights: &Weights, matrix: usize, x: &[f32]) -> Vec<f32> {
@@ -136,6 +135,33 @@ fn routes<B: TernaryBackend>(x: &[f32], weight: &[f32], bias: &[f32], k: usize) 
     let x = matrix::<B>(x, [x.len() / width, width]);
     let (chosen, weights) = route(x, matrix(weight, [width, experts]), vector(bias), k);
     (chosen.into_data().iter::<i64>().collect(), values(weights))
+}
+
+#[test]
+fn the_largest_numbers_are_found_in_order_and_nan_is_never_missed() {
+    if !device() {
+        return;
+    }
+    for (n, k) in [(1, 1), (5, 5), (2048, 3), (2049, 40), (70_000, 64)] {
+        let mut noise = Noise::new(n as u64);
+        // Few different numbers, so that many are equal.
+        let x: Vec<f32> = (0..2 * n).map(|_| ((noise.next() % 1000) as f32 - 500.0) * 0.25).collect();
+        let (places, numbers) = largest(matrix::<Wgpu>(&x, [2, n]), k).unwrap();
+        let places: Vec<i64> = places.into_data().iter::<i64>().collect();
+        for (row, (places, numbers)) in x.chunks(n).zip(places.chunks(k).zip(values(numbers).chunks(k))) {
+            let mut order: Vec<usize> = (0..n).collect();
+            order.sort_by(|a, b| row[*b].total_cmp(&row[*a]).then(a.cmp(b)));
+            let expected: Vec<i64> = order[..k].iter().map(|at| *at as i64).collect();
+            assert_eq!(places, expected, "{k} of {n}");
+            assert_same(numbers, &order[..k].iter().map(|at| row[*at]).collect::<Vec<_>>(), "numbers");
+        }
+    }
+    let mut x = vec![f32::NEG_INFINITY; 5000];
+    x[4321] = f32::NAN;
+    x[7] = f32::INFINITY;
+    let (places, numbers) = largest(matrix::<Wgpu>(&x, [1, 5000]), 3).unwrap();
+    assert_eq!(places.into_data().iter::<i64>().collect::<Vec<_>>(), [4321, 7, 0]);
+    assert_same(&values(numbers), &[f32::NAN, f32::INFINITY, f32::NEG_INFINITY], "numbers");
 }
 
 #[test]
