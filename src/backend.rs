@@ -154,6 +154,15 @@ impl Backend {
         }
     }
 
+    /// Bytes of the device's own memory, where it has any and they are known.
+    pub(crate) fn device_memory(self) -> Option<u64> {
+        let backend = if self == Self::Auto { automatic().backend() } else { self };
+        match backend.found().ok()?.into_iter().next()? {
+            Found::Processor => None,
+            Found::Gpu { memory, .. } => memory,
+        }
+    }
+
     /// Its devices, the best first.
     ///
     /// # Errors

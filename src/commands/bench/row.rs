@@ -11,7 +11,7 @@ use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use ternoss::{
-    backends::{TernaryBackend, mapped::process_memory, switch_kernels_off},
+    backends::{KvFormat, TernaryBackend, mapped::process_memory, switch_kernels_off},
     calib::{Calibration, Method, QuantizeOptions, quantize},
     model::{Checkpoint, GptOss, tokenizer::Tokenizer},
 };
@@ -105,7 +105,9 @@ pub(super) fn print_row<B: TernaryBackend>(
 
 fn write_logits<B: TernaryBackend>(model: &GptOss<B>, ids: &[u32], file: &Path) -> Result<()> {
     let tokens = model.tokens(&ids[..ids.len().min(COMPARED)])?;
-    let logits = model.forward(tokens, &mut model.new_cache()).into_data();
+    // Numbers of the operations, not of how keys and values are kept.
+    let mut cache = model.new_cache().with_format(KvFormat::F32);
+    let logits = model.forward(tokens, &mut cache).into_data();
     let bytes: Vec<u8> = logits.iter::<f32>().flat_map(f32::to_le_bytes).collect();
     fs::write(file, bytes).with_context(|| file.display().to_string())
 }
