@@ -7,13 +7,24 @@
 //! | [`backends`] | `ternoss-backends` | packed formats, and the kernels registered per Burn backend |
 //! | [`quant`] | `ternoss-quant` | absmean, MXFP4, the `BitLinear` module |
 //! | [`model`] | `ternoss-model` | GPT-OSS as Burn modules, checkpoints, tokenizer, generation |
-//! | [`calib`] | `ternoss-calib` | quantization methods and the streaming pipeline |
+//! | `calib` | `ternoss-calib` | quantization methods and the streaming pipeline |
 //!
-//! Features: `flex` and `ndarray` register the CPU kernels for a Burn backend, `wgpu` and `cuda` those for GPUs, `autodiff` adds
-//! gradients, `tokenizer` and `hub` add text and downloads, and `cli` (the default) is all that the `ternoss` program needs.
+//! | feature | what it adds |
+//! |---|---|
+//! | `ndarray`, `flex` | the CPU kernels, registered for that Burn backend |
+//! | `wgpu`, `cuda` | the same for GPUs |
+//! | `autodiff` | gradients on whatever it wraps |
+//! | `tokenizer` | text to tokens and back, and conversations |
+//! | `calib` | the module `calib`; implies `autodiff` |
+//! | `hub` | the module `hub`: downloads |
+//! | `cli` (the default) | all that the `ternoss` program needs: `calib`, `flex`, `hub`, `ndarray`, `tokenizer`, and its own crates |
+//!
+//! Without any, everything works on any Burn backend by Burn's own operations, once it has an empty
+//! [`TernaryBackend`](backends::TernaryBackend) implementation.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 pub use ternoss_backends as backends;
+#[cfg(feature = "calib")]
 pub use ternoss_calib as calib;
 pub use ternoss_model as model;
 pub use ternoss_quant as quant;

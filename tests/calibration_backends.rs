@@ -1,5 +1,5 @@
 //! The same calibration on every backend.
-#![cfg(feature = "tokenizer")]
+#![cfg(all(feature = "calib", feature = "tokenizer"))]
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod support;
