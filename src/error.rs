@@ -6,6 +6,8 @@ use ternoss::calib::CalibError;
 use ternoss::hub::HubError;
 use ternoss::model::{CheckpointError, harmony::HarmonyError};
 
+use crate::backend::Unavailable;
+
 /// Prints an error and its hint to stderr. A reader that went away (`ternoss generate | head`) is no error.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     // On the way to the hub, though, it is the download that broke off.
@@ -38,6 +40,9 @@ fn line(error: &anyhow::Error) -> String {
 }
 
 fn hint(error: &anyhow::Error) -> Option<&'static str> {
+    if let Some(backend) = error.chain().find_map(|cause| cause.downcast_ref::<Unavailable>()) {
+        return Some(backend.hint());
+    }
     if let Some(hub) = error.chain().find_map(|cause| cause.downcast_ref::<HubError>()) {
         return hub.hint();
     }

@@ -17,7 +17,7 @@
 //! | `tokenizer` | text to tokens and back, and conversations |
 //! | `calib` | the module `calib`; implies `autodiff` |
 //! | `hub` | the module `hub`: downloads |
-//! | `cli` (the default) | all that the `ternoss` program needs: `calib`, `flex`, `hub`, `tokenizer`, and its own crates |
+//! | `cli` (the default) | all that the `ternoss` program needs: `calib`, `flex`, `hub`, `ndarray`, `tokenizer`, and its own crates |
 //!
 //! Without any, everything works on any Burn backend by Burn's own operations, once it has an empty
 //! [`TernaryBackend`](backends::TernaryBackend) implementation.
@@ -32,6 +32,10 @@ pub use ternoss_quant as quant;
 #[cfg(feature = "hub")]
 pub mod hub;
 
-/// The backend the `ternoss` program computes on.
+/// The backend the `ternoss` program computes on unless another is chosen.
 #[cfg(feature = "flex")]
 pub type Cpu = burn_flex::Flex;
+
+/// The other one for processors.
+#[cfg(feature = "ndarray")]
+pub type NdArray = burn_ndarray::NdArray;

@@ -5,6 +5,8 @@
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+#[macro_use]
+mod backend;
 mod commands;
 mod error;
 mod progress;
@@ -12,7 +14,7 @@ mod progress;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use commands::{ablation, bench, demo, download, generate, inspect, logits, perplexity, quantize, synthesize};
+use commands::{ablation, bench, demo, devices, download, generate, inspect, logits, perplexity, quantize, synthesize};
 
 /// gpt-oss made ternary after training, and run on an ordinary CPU.
 #[derive(Parser)]
@@ -28,6 +30,7 @@ enum Command {
     Download(download::DownloadArgs),
     Synthesize(synthesize::SynthesizeArgs),
     Inspect(inspect::InspectArgs),
+    Devices(devices::DevicesArgs),
     Quantize(quantize::QuantizeArgs),
     Generate(generate::GenerateArgs),
     Perplexity(perplexity::PerplexityArgs),
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Command::Download(args) => download::run(args),
         Command::Synthesize(args) => synthesize::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Devices(args) => devices::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Perplexity(args) => perplexity::run(args),

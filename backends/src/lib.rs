@@ -29,6 +29,8 @@ pub mod mapped;
 #[cfg(feature = "ndarray")]
 mod ndarray;
 pub mod ops;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod plain;
 pub mod reference;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod register;
@@ -41,3 +43,5 @@ pub use ops::{
     sink_attention, stored_linear, stored_linear_at, stored_rows, ternary_experts, ternary_linear, ternary_linears,
     ternary_rows, time_in_operations,
 };
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+pub use plain::switch_kernels_off;

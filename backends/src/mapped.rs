@@ -151,6 +151,12 @@ pub fn process_memory(name: &str) -> Option<u64> {
     status_bytes(&std::fs::read_to_string("/proc/self/status").ok()?, name)
 }
 
+/// Bytes of memory that this machine has; `None` where no `/proc/meminfo` says so.
+#[must_use]
+pub fn machine_memory() -> Option<u64> {
+    status_bytes(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal")
+}
+
 fn status_bytes(status: &str, name: &str) -> Option<u64> {
     let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)

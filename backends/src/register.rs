@@ -3,10 +3,9 @@
 use burn::tensor::{Int, Tensor};
 
 use crate::{
-    cpu,
     format::{Rotation, TernaryWeight},
-    host,
     ops::{BiasedWeight, LayerCache, ScoreView, Screen, StoredMatrix, TernaryBackend, TernaryExperts},
+    plain as host,
 };
 
 macro_rules! host_backend {
@@ -46,7 +45,7 @@ macro_rules! host_backend {
             }
 
             fn session<R>(work: impl FnOnce() -> R) -> R {
-                cpu::session(work)
+                host::session(work)
             }
 
             fn ternary_experts(

@@ -3,15 +3,16 @@
 use std::{fs, path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result};
+use burn::tensor::Device;
 use clap::Args;
 use serde_json::json;
 use ternoss::{
-    Cpu,
+    backends::TernaryBackend,
     calib::{Method, QuantizeOptions, Steps, quantize},
     model::Checkpoint,
 };
 
-use super::{Device, ModelArgs, calibration::CalibrationArgs, quantize::with_progress, tokenizer};
+use super::{ModelArgs, calibration::CalibrationArgs, quantize::with_progress, tokenizer};
 
 /// Measure what each step of the quantization is worth
 ///
@@ -73,32 +74,41 @@ fn variants(gradient_steps: usize) -> Result<Vec<Variant>> {
 }
 
 pub(crate) fn run(args: AblationArgs) -> Result<()> {
+    on_backend!(args.model.backend(), compare(&args))
+}
+
+fn compare<B: TernaryBackend>(args: &AblationArgs, device: &Device<B>) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
     let tokenizer = tokenizer(&checkpoint)?;
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(args.max_tokens);
-    let calibration = args.calibration.windows(&args.model, &checkpoint, None, args.gradient_steps)?;
+    let calibration = args.calibration.windows::<B>(&args.model, &checkpoint, None, args.gradient_steps, device)?;
     if !args.json {
         print_line!("{:<28} {:>12} {:>14} {:>8}", "", "bits/weight", "perplexity", "seconds")?;
     }
-    print_row(&args, "full precision", None, measure(&args, &checkpoint, &tokens)?, 0.0)?;
+    print_row(args, "full precision", None, measure::<B>(args, &checkpoint, &tokens, device)?, 0.0)?;
     for Variant { name, options } in variants(args.gradient_steps)? {
         let folder = tempfile::tempdir()?;
         let output = folder.path().join("ternary");
         let started = Instant::now();
         let report = with_progress(&name, &checkpoint, &options, |progress| {
-            quantize::<Cpu>(&checkpoint, &output, &options, Some(&calibration), &Device::default(), progress)
+            quantize::<B>(&checkpoint, &output, &options, Some(&calibration), device, progress)
         })?;
         let seconds = started.elapsed().as_secs_f64();
-        let perplexity = measure(&args, &Checkpoint::open(&output)?, &tokens)?;
-        print_row(&args, &name, Some(report.bits_per_weight), perplexity, seconds)?;
+        let perplexity = measure::<B>(args, &Checkpoint::open(&output)?, &tokens, device)?;
+        print_row(args, &name, Some(report.bits_per_weight), perplexity, seconds)?;
     }
     Ok(())
 }
 
-fn measure(args: &AblationArgs, checkpoint: &Checkpoint, tokens: &[u32]) -> Result<f64> {
-    Ok(args.model.load(checkpoint)?.perplexity(tokens, args.context, |_| ())?.value())
+fn measure<B: TernaryBackend>(
+    args: &AblationArgs,
+    checkpoint: &Checkpoint,
+    tokens: &[u32],
+    device: &Device<B>,
+) -> Result<f64> {
+    Ok(args.model.load::<B>(checkpoint, device)?.perplexity(tokens, args.context, |_| ())?.value())
 }
 
 fn print_row(args: &AblationArgs, name: &str, bits: Option<f64>, perplexity: f64, seconds: f64) -> Result<()> {

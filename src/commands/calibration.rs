@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use burn::tensor::Device;
 use clap::Args;
 use ternoss::{
+    backends::TernaryBackend,
     calib::{CalibError, Calibration, TraceOptions, Traces, WINDOWS_PER_STEP},
     model::{
         Checkpoint,
@@ -56,18 +58,19 @@ impl CalibrationArgs {
     }
 
     /// The text as windows of tokens, more of them for `distill` steps of distillation. What the model writes itself is kept in `traces`, so that it is written once.
-    pub(crate) fn windows(
+    pub(crate) fn windows<B: TernaryBackend>(
         &self,
         model: &ModelArgs,
         checkpoint: &Checkpoint,
         traces: Option<&Path>,
         distill: usize,
+        device: &Device<B>,
     ) -> Result<Calibration> {
         let tokenizer = tokenizer(checkpoint)?;
         let text = |text: &str| Ok(tokenizer.encode(text, true)?);
         let tokens = match &self.calibration {
             None => text(CALIBRATION),
-            Some(_) if self.is_own() => self.own_text(model, checkpoint, &tokenizer, traces),
+            Some(_) if self.is_own() => self.own_text::<B>(model, checkpoint, &tokenizer, traces, device),
             Some(path) => text(&Calibration::read_text(path)?),
         };
         let config = checkpoint.config();
@@ -81,12 +84,13 @@ impl CalibrationArgs {
     }
 
     /// What the model makes of the prompts in this program.
-    fn own_text(
+    fn own_text<B: TernaryBackend>(
         &self,
         model: &ModelArgs,
         checkpoint: &Checkpoint,
         tokenizer: &Tokenizer,
         kept: Option<&Path>,
+        device: &Device<B>,
     ) -> Result<Vec<u32>> {
         let context = self.calibration_context;
         // What is said of any text, but before hours of work.
@@ -107,7 +111,7 @@ impl CalibrationArgs {
             traces.keep_in(path, &checkpoint.stamp());
         }
         if !traces.are_enough() {
-            traces.write(&model.load(checkpoint)?, &mut |tokens| progress.advance(tokens as u64))?;
+            traces.write(&model.load::<B>(checkpoint, device)?, &mut |tokens| progress.advance(tokens as u64))?;
         }
         Ok(traces.tokens())
     }

@@ -3,9 +3,10 @@
 use std::{fs, io, ops::ControlFlow, path::Path, time::Instant};
 
 use anyhow::Result;
+use burn::tensor::Device;
 use clap::Args;
 use ternoss::{
-    Cpu,
+    backends::TernaryBackend,
     calib::{Calibration, Method, QuantizeOptions, Report, quantize},
     model::{
         Checkpoint, GptOss, LoadOptions, StopRules,
@@ -14,8 +15,11 @@ use ternoss::{
     },
 };
 
-use super::{CALIBRATION, Device, bytes, quantize::with_progress};
-use crate::progress::{Progress, Unit};
+use super::{CALIBRATION, bytes, quantize::with_progress};
+use crate::{
+    backend::BackendArgs,
+    progress::{Progress, Unit},
+};
 
 /// Quantize the small model inside this program and compare it before and after
 ///
@@ -28,6 +32,8 @@ pub(crate) struct DemoArgs {
     /// Text to continue
     #[arg(long, default_value = "She was quite surprised to find that")]
     prompt: String,
+    #[command(flatten)]
+    compute: BackendArgs,
 }
 
 macro_rules! shipped {
@@ -67,16 +73,20 @@ struct Measured {
 }
 
 pub(crate) fn run(args: DemoArgs) -> Result<()> {
+    on_backend!(args.compute.backend, compare(&args))
+}
+
+fn compare<B: TernaryBackend>(args: &DemoArgs, device: &Device<B>) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (dense, ternary) = (folder.path().join("dense"), folder.path().join("ternary"));
     fs::create_dir(&dense)?;
     for (name, contents) in MODEL {
         fs::write(dense.join(name), contents)?;
     }
-    let report = quantize_shipped(&dense, &ternary)?;
+    let report = quantize_shipped::<B>(&dense, &ternary, device)?;
     let dense_bits = 16.0;
-    let before = measure("full precision", &dense, dense_bits, &args)?;
-    let after = measure("ternary", &ternary, report.bits_per_weight, &args)?;
+    let before = measure::<B>("full precision", &dense, dense_bits, args, device)?;
+    let after = measure::<B>("ternary", &ternary, report.bits_per_weight, args, device)?;
     print_table(&before, &after)?;
     print_line!("\nThe same prompt, continued by both:\n")?;
     print_line!("full precision | {}{}\n", args.prompt, before.sample.trim_end())?;
@@ -84,20 +94,26 @@ pub(crate) fn run(args: DemoArgs) -> Result<()> {
     Ok(())
 }
 
-fn quantize_shipped(dense: &Path, ternary: &Path) -> Result<Report> {
+fn quantize_shipped<B: TernaryBackend>(dense: &Path, ternary: &Path, device: &Device<B>) -> Result<Report> {
     let checkpoint = Checkpoint::open(dense)?;
     let options = QuantizeOptions::new(Method::Ternoss);
     let tokens = Tokenizer::from_folder(dense)?.encode(CALIBRATION, true)?;
     let calibration = Calibration::new(&tokens, CONTEXT, CALIBRATION_TOKENS, checkpoint.config())?;
     let report = with_progress("quantize", &checkpoint, &options, |progress| {
-        quantize::<Cpu>(&checkpoint, ternary, &options, Some(&calibration), &Device::default(), progress)
+        quantize::<B>(&checkpoint, ternary, &options, Some(&calibration), device, progress)
     })?;
     Ok(report)
 }
 
-fn measure(name: &str, folder: &Path, bits_per_weight: f64, args: &DemoArgs) -> Result<Measured> {
+fn measure<B: TernaryBackend>(
+    name: &str,
+    folder: &Path,
+    bits_per_weight: f64,
+    args: &DemoArgs,
+    device: &Device<B>,
+) -> Result<Measured> {
     let checkpoint = Checkpoint::open(folder)?;
-    let model = GptOss::<Cpu>::load(&checkpoint, LoadOptions::default(), &Device::default())?;
+    let model = GptOss::<B>::load(&checkpoint, LoadOptions::default(), device)?;
     let tokenizer = Tokenizer::from_folder(folder)?;
     let mut tokens = tokenizer.encode(TEXT, true)?;
     tokens.truncate(args.max_tokens);
@@ -115,7 +131,7 @@ fn measure(name: &str, folder: &Path, bits_per_weight: f64, args: &DemoArgs) -> 
     })
 }
 
-fn sample(model: &GptOss<Cpu>, prompt: &[u32]) -> Result<Vec<u32>> {
+fn sample<B: TernaryBackend>(model: &GptOss<B>, prompt: &[u32]) -> Result<Vec<u32>> {
     let mut sampler = Sampler::new(SamplingConfig { temperature: 0.7, top_p: Some(0.9), ..Default::default() })?;
     let rules = StopRules { max_tokens: NEW_TOKENS, stop_tokens: model.config().eos_token_id.clone() };
     let go_on = |_| ControlFlow::Continue(());
@@ -123,7 +139,7 @@ fn sample(model: &GptOss<Cpu>, prompt: &[u32]) -> Result<Vec<u32>> {
 }
 
 /// Tokens per second of greedy decoding after the prompt: the median of five runs.
-fn decode_speed(model: &GptOss<Cpu>, prompt: &[u32]) -> Result<f64> {
+fn decode_speed<B: TernaryBackend>(model: &GptOss<B>, prompt: &[u32]) -> Result<f64> {
     let rules = StopRules { max_tokens: NEW_TOKENS, stop_tokens: Vec::new() };
     let mut rates = Vec::new();
     for _ in 0..5 {

@@ -7,10 +7,11 @@ use std::{
 };
 
 use anyhow::{Result, bail};
+use burn::tensor::Device;
 use clap::Args;
 use serde_json::{Value, json};
 use ternoss::{
-    Cpu,
+    backends::TernaryBackend,
     model::{
         Checkpoint, GptOss, KvCache, StopRules,
         harmony::{Effort, Harmony},
@@ -110,22 +111,26 @@ impl SamplingArgs {
 }
 
 pub(crate) fn run(args: GenerateArgs) -> Result<()> {
+    on_backend!(args.model.backend(), go_on(&args))
+}
+
+fn go_on<B: TernaryBackend>(args: &GenerateArgs, device: &Device<B>) -> Result<()> {
     let mut sampler = Sampler::new(args.sampling.config())?;
     let checkpoint = args.model.checkpoint()?;
-    let tokenizer = match args.tokens {
+    let tokenizer = match &args.tokens {
         None => Some(tokenizer(&checkpoint)?),
         // Ids need no tokenizer, but one that is there gives their text.
         Some(_) => Tokenizer::from_folder(checkpoint.folder()).ok(),
     };
     if let (Some(question), Some(tokenizer), true) = (&args.prompt, &tokenizer, args.chat) {
-        return answer(&args, &checkpoint, &Harmony::new(tokenizer)?, question, &mut sampler);
+        return answer::<B>(args, &checkpoint, &Harmony::new(tokenizer)?, question, &mut sampler, device);
     }
     let prompt = match (&args.prompt, &args.tokens, &tokenizer) {
         (Some(text), _, Some(tokenizer)) => tokenizer.encode(text, true)?,
         (_, Some(TokenIds(ids)), _) => ids.clone(),
         _ => bail!("there is neither a prompt nor tokens"),
     };
-    let model = args.load(&checkpoint)?;
+    let model = args.load::<B>(&checkpoint, device)?;
     let stop_tokens = if args.ignore_eos { Vec::new() } else { stop_tokens(&checkpoint)? };
     let rules = StopRules { max_tokens: args.max_tokens, stop_tokens };
     let started = Instant::now();
@@ -149,31 +154,32 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
 
 impl GenerateArgs {
     /// The model, with its output layer screened unless everything is to be read.
-    fn load(&self, checkpoint: &Checkpoint) -> Result<GptOss<Cpu>> {
-        let mut model = self.model.load_writer(checkpoint)?;
+    fn load<B: TernaryBackend>(&self, checkpoint: &Checkpoint, device: &Device<B>) -> Result<GptOss<B>> {
+        let mut model = self.model.load_writer::<B>(checkpoint, device)?;
         if self.exact_output {
             model.lm_head = model.lm_head.with_screening(Screening::Never);
         }
         Ok(model)
     }
 
-    fn cache(&self, model: &GptOss<Cpu>) -> KvCache<Cpu> {
+    fn cache<B: TernaryBackend>(&self, model: &GptOss<B>) -> KvCache<B> {
         model.new_cache().with_spare(self.speculate)
     }
 }
 
 /// Prints what the model answers to a question.
-fn answer(
+fn answer<B: TernaryBackend>(
     args: &GenerateArgs,
     checkpoint: &Checkpoint,
     harmony: &Harmony,
     question: &str,
     sampler: &mut Sampler,
+    device: &Device<B>,
 ) -> Result<()> {
     let prompt = chat::prompt(harmony, question, args.reasoning)?;
     let stop_tokens = [stop_tokens(checkpoint)?.as_slice(), &harmony.stop_tokens()].concat();
     let rules = StopRules { max_tokens: args.max_tokens, stop_tokens };
-    let model = args.load(checkpoint)?;
+    let model = args.load::<B>(checkpoint, device)?;
     let started = Instant::now();
     let mut printer = chat::Printer::new(harmony, args.json);
     let new = model.generate(&prompt, &mut args.cache(&model), sampler, &rules, |token| printer.token(token))?;

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use burn::tensor::Device;
 use clap::Args;
 use safetensors::{Dtype, tensor::TensorView};
+use ternoss::backends::TernaryBackend;
 
 use super::{ModelArgs, token_ids};
 
@@ -26,9 +28,13 @@ pub(crate) struct LogitsArgs {
 pub(crate) fn run(args: LogitsArgs) -> Result<()> {
     let tokens = token_ids(&args.tokens).map_err(anyhow::Error::msg)?;
     ensure!(!tokens.is_empty(), "there are no tokens: at least one is needed");
+    on_backend!(args.model.backend(), write(&args, &tokens))
+}
+
+fn write<B: TernaryBackend>(args: &LogitsArgs, tokens: &[u32], device: &Device<B>) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
-    let model = args.model.load(&checkpoint)?;
-    let logits = model.forward(model.tokens(&tokens)?, &mut model.new_cache());
+    let model = args.model.load::<B>(&checkpoint, device)?;
+    let logits = model.forward(model.tokens(tokens)?, &mut model.new_cache());
     let shape = logits.dims().to_vec();
     let bytes: Vec<u8> = logits.into_data().iter::<f32>().flat_map(f32::to_le_bytes).collect();
     let view = TensorView::new(Dtype::F32, shape, &bytes)?;

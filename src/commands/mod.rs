@@ -12,6 +12,7 @@ pub(crate) mod bench;
 mod calibration;
 mod chat;
 pub(crate) mod demo;
+pub(crate) mod devices;
 pub(crate) mod download;
 pub(crate) mod generate;
 pub(crate) mod inspect;
@@ -23,9 +24,9 @@ pub(crate) mod synthesize;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use burn::tensor::{Device, backend::Backend};
 use clap::Args;
 use ternoss::{
-    Cpu,
     backends::KvFormat,
     model::{
         Checkpoint, ExpertPlacement, GptOss, LoadOptions, checkpoint::readable_size as bytes, config::GenerationConfig,
@@ -33,8 +34,7 @@ use ternoss::{
     },
 };
 
-/// The device all commands compute on.
-type Device = burn::tensor::Device<Cpu>;
+use crate::backend::BackendArgs;
 
 /// The text to calibrate on unless another is given: the openings of "Emma" and of some encyclopedia articles.
 const CALIBRATION: &str = include_str!("../../examples/text/calibration.txt");
@@ -58,6 +58,8 @@ pub(crate) struct ModelArgs {
     /// How keys and values are kept: f32, f16 or int8; f16 where text is written, f32 where a model is measured
     #[arg(long, value_name = "FORMAT", value_parser = kv_format)]
     kv_cache: Option<KvFormat>,
+    #[command(flatten)]
+    compute: BackendArgs,
 }
 
 fn kv_format(text: &str) -> Result<KvFormat, String> {
@@ -67,7 +69,19 @@ fn kv_format(text: &str) -> Result<KvFormat, String> {
 
 impl ModelArgs {
     fn new(model: &str) -> Self {
-        Self { model: model.into(), stream_experts: false, memory_budget: None, unpack: false, kv_cache: None }
+        Self {
+            model: model.into(),
+            stream_experts: false,
+            memory_budget: None,
+            unpack: false,
+            kv_cache: None,
+            compute: BackendArgs::default(),
+        }
+    }
+
+    /// What computes.
+    fn backend(&self) -> crate::backend::Backend {
+        self.compute.backend
     }
 
     /// The model's folder, downloaded when it is a hub id.
@@ -79,20 +93,25 @@ impl ModelArgs {
         Ok(Checkpoint::open(&self.folder()?)?)
     }
 
-    fn load(&self, checkpoint: &Checkpoint) -> Result<GptOss<Cpu>> {
-        self.load_with(checkpoint, KvFormat::F32)
+    fn load<B: Backend>(&self, checkpoint: &Checkpoint, device: &Device<B>) -> Result<GptOss<B>> {
+        self.load_with(checkpoint, KvFormat::F32, device)
     }
 
     /// For writing text, where speed counts.
-    fn load_writer(&self, checkpoint: &Checkpoint) -> Result<GptOss<Cpu>> {
-        self.load_with(checkpoint, KvFormat::F16)
+    fn load_writer<B: Backend>(&self, checkpoint: &Checkpoint, device: &Device<B>) -> Result<GptOss<B>> {
+        self.load_with(checkpoint, KvFormat::F16, device)
     }
 
-    fn load_with(&self, checkpoint: &Checkpoint, kv_format: KvFormat) -> Result<GptOss<Cpu>> {
+    fn load_with<B: Backend>(
+        &self,
+        checkpoint: &Checkpoint,
+        kv_format: KvFormat,
+        device: &Device<B>,
+    ) -> Result<GptOss<B>> {
         let kv_format = self.kv_cache.unwrap_or(kv_format);
         let experts = if self.stream_experts { ExpertPlacement::Streamed } else { ExpertPlacement::Auto };
         let options = LoadOptions { experts, memory_budget: self.memory_budget, unpack: self.unpack, kv_format };
-        Ok(GptOss::load(checkpoint, options, &Device::default())?)
+        Ok(GptOss::load(checkpoint, options, device)?)
     }
 }
 

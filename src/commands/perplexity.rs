@@ -3,10 +3,10 @@
 use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result};
+use burn::tensor::Device;
 use clap::Args;
 use serde_json::json;
-
-use ternoss::model::Agreement;
+use ternoss::{backends::TernaryBackend, model::Agreement};
 
 use super::{ModelArgs, tokenizer};
 use crate::progress::{Progress, Unit};
@@ -37,12 +37,16 @@ pub(crate) struct PerplexityArgs {
 }
 
 pub(crate) fn run(args: PerplexityArgs) -> Result<()> {
+    on_backend!(args.model.backend(), measure(&args))
+}
+
+fn measure<B: TernaryBackend>(args: &PerplexityArgs, device: &Device<B>) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
     let tokenizer = tokenizer(&checkpoint)?;
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(args.max_tokens.unwrap_or(usize::MAX));
-    let model = args.model.load(&checkpoint)?;
+    let model = args.model.load::<B>(&checkpoint, device)?;
     let whole = tokens.len() / args.context.max(1) * args.context;
     let progress = Progress::new("perplexity", whole as u64, Unit::Count("tokens"));
     let result = model.perplexity(&tokens, args.context, |_| progress.advance(args.context as u64))?;
@@ -50,7 +54,7 @@ pub(crate) fn run(args: PerplexityArgs) -> Result<()> {
     let agreement = match &args.against {
         Some(teacher) => {
             let teacher = ModelArgs::new(teacher);
-            let teacher = teacher.load(&teacher.checkpoint()?)?;
+            let teacher = teacher.load::<B>(&teacher.checkpoint()?, device)?;
             let progress = Progress::new("comparison", whole as u64, Unit::Count("tokens"));
             Some(model.agreement(&teacher, &tokens, args.context, || progress.advance(args.context as u64))?)
         }

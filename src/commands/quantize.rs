@@ -3,17 +3,17 @@
 use std::{fs, path::PathBuf, sync::OnceLock};
 
 use anyhow::{Result, ensure};
+use burn::tensor::Device;
 use clap::Args;
 use ternoss::{
-    Cpu,
-    backends::CodeFormat,
+    backends::{CodeFormat, TernaryBackend},
     calib::{self, DISTILLATION_RATE, Method, QuantizeOptions, Steps, check, quantize},
     model::{Checkpoint, GptOssConfig},
     quant::{Granularity, TernaryConfig},
 };
 
 use super::{
-    Device, ModelArgs, byte_size,
+    ModelArgs, byte_size,
     calibration::{self, CalibrationArgs},
 };
 use crate::progress::{Progress, Unit};
@@ -96,6 +96,10 @@ fn granularity(text: &str) -> Result<Granularity, String> {
 }
 
 pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
+    on_backend!(args.model.backend(), compute(&args))
+}
+
+fn compute<B: TernaryBackend>(args: &QuantizeArgs, device: &Device<B>) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
     let steps = args.without.iter().try_fold(args.method.steps(), |steps, step| steps.without(step));
     let steps = steps.map_err(anyhow::Error::msg)?;
@@ -126,11 +130,13 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     }
     let traces = calibration::traces_file(&args.output);
     let calibration = match looks_at_text {
-        true => Some(args.calibration.windows(&args.model, &checkpoint, Some(&traces), options.distill)?),
+        true => {
+            Some(args.calibration.windows::<B>(&args.model, &checkpoint, Some(&traces), options.distill, device)?)
+        }
         false => None,
     };
     let report = with_progress("quantize", &checkpoint, &options, |progress| {
-        quantize::<Cpu>(&checkpoint, &args.output, &options, calibration.as_ref(), &Device::default(), progress)
+        quantize::<B>(&checkpoint, &args.output, &options, calibration.as_ref(), device, progress)
     })?;
     if args.calibration.is_own() {
         // It is kept only as long as a run may have to go on, and one that stays only takes space.

@@ -6,16 +6,22 @@ use super::{
     Kernels,
     kv::{ENTRIES, HeadCaches},
     linear::check,
-    math::Matrix,
-    tasks,
+    product::{Panels, Rows, Sums},
+    tasks, team,
 };
 use crate::{
     format::FormatError,
     ops::{AttentionSpec, ScoreView},
 };
 
-/// Groups of queries that one thread takes at a time, all of one head if there are so many.
+/// Groups of queries that one thread takes at most at a time, all of one head if there are so many.
 const QUERIES: usize = 16;
+
+/// Pieces a thread at least, where there are so many groups of queries.
+const PIECES: usize = 4;
+
+/// Entries whose values are added up while they are in the first cache.
+const VALUES: usize = 8 * ENTRIES;
 
 /// Numbers a task should have at least.
 const TASK: usize = 1 << 14;
@@ -120,58 +126,51 @@ pub fn cached_attention(
     let seen = |query: &Query<'_>| spec.window.unwrap_or(usize::MAX).min(query.position + 1);
     let work = queries.iter().map(|query| 2 * query.q.len() * seen(query)).sum();
     let parallel = tasks::is_parallel(work);
+    let most = if parallel { queries.len().div_ceil(PIECES * team::threads()).min(QUERIES) } else { usize::MAX };
     let mut pieces = Vec::new();
     while !queries.is_empty() {
-        let rest = queries.split_off(queries.len().min(if parallel { QUERIES } else { usize::MAX }));
+        let rest = queries.split_off(queries.len().min(most));
         pieces.push(std::mem::replace(&mut queries, rest));
     }
     tasks::run(pieces, parallel, |queries| {
-        let mut scratch = Scratch { block: vec![0.0; ENTRIES * size], scores: Vec::new() };
-        queries.into_iter().for_each(|query| attend(kernels, cache, query, spec, &mut scratch));
+        let mut scores = Vec::new();
+        queries.into_iter().for_each(|query| attend(kernels, cache, query, spec, &mut scores));
     });
     Ok(())
 }
 
-/// Room for one query at a time.
-struct Scratch {
-    block: Vec<f32>,
-    scores: Vec<f32>,
-}
-
-fn attend(kernels: Kernels, cache: &HeadCaches, query: Query<'_>, spec: AttentionSpec, scratch: &mut Scratch) {
+/// One token's queries of one head; `scores` is room for them.
+fn attend(kernels: Kernels, cache: &HeadCaches, query: Query<'_>, spec: AttentionSpec, scores: &mut Vec<f32>) {
     let (head, size) = (&cache.heads()[query.head], cache.head_dim());
     let position = query.position - cache.first();
     let seen = spec.window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1;
     let blocks = seen.start / ENTRIES..seen.end.div_ceil(ENTRIES);
     // Rows of scores whose distance is a power of two would share a set of the first cache.
-    let (offset, keys) = (blocks.start * ENTRIES, (blocks.len() + 1) * ENTRIES);
+    let (offset, stride) = (blocks.start * ENTRIES, (blocks.len() + 1) * ENTRIES);
+    scores.clear();
+    scores.resize(query.sinks.len() * stride, 0.0);
+    let numbers = head.keys.numbers(offset * size..blocks.end * ENTRIES * size);
+    let keys = Panels { numbers, columns: blocks.len() * ENTRIES, stride: ENTRIES, panel: ENTRIES * size };
+    kernels.add_product(Rows { numbers: query.q, stride: size }, keys, size, Sums { numbers: scores, stride });
+
     let inner = seen.start - offset..seen.end - offset;
-    scratch.scores.clear();
-    scratch.scores.resize(query.sinks.len() * keys, 0.0);
-    for (n, block) in blocks.clone().enumerate() {
-        let block = head.keys.block(kernels, block, &mut scratch.block);
-        let out = &mut scratch.scores[n * ENTRIES..];
-        kernels.add_product(
-            Matrix { rows: query.q, stride: size },
-            Matrix { rows: block, stride: ENTRIES },
-            out,
-            keys,
-            size,
-        );
-    }
-    for (scores, sink) in scratch.scores.chunks_exact_mut(keys).zip(query.sinks) {
+    let mut totals = Vec::with_capacity(query.sinks.len());
+    for (scores, sink) in scores.chunks_exact_mut(stride).zip(query.sinks) {
         let scores = &mut scores[inner.clone()];
         scale_by(scores, head.keys.scales(), seen.start);
-        kernels.sink_softmax(scores, spec.scale, *sink);
+        totals.push(kernels.sink_exponentials(scores, spec.scale, *sink));
         scale_by(scores, head.values.scales(), seen.start);
     }
+
     query.out.fill(0.0);
-    for (n, block) in blocks.enumerate() {
-        let rows = (n * ENTRIES).max(inner.start)..((n + 1) * ENTRIES).min(inner.end);
-        let block = head.values.block(kernels, block, &mut scratch.block);
-        let values = Matrix { rows: &block[(rows.start - n * ENTRIES) * size..], stride: size };
-        let shares = Matrix { rows: &scratch.scores[rows.start..], stride: keys };
-        kernels.add_product(shares, values, query.out, size, rows.len());
+    for first in seen.clone().step_by(VALUES) {
+        let entries = first..(first + VALUES).min(seen.end);
+        let values = Panels::of_rows(head.values.numbers(entries.start * size..entries.end * size), size);
+        let shares = Rows { numbers: &scores[first - offset..], stride };
+        kernels.add_product(shares, values, entries.len(), Sums { numbers: query.out, stride: size });
+    }
+    for (out, total) in query.out.chunks_exact_mut(size).zip(totals) {
+        out.iter_mut().for_each(|out| *out /= total);
     }
 }
 

@@ -4,13 +4,14 @@
 
 use std::arch::x86_64::*;
 
-pub(super) use super::avx2::{
-    add_product, lookup_totals, quantize, rms_norm, round_token, screen_bounds, screen_row, sink_softmax,
-    sink_softmax_gradient, stored_dots, swiglu, t5_to_t2, widen_bytes, widen_halves,
+use super::shared::shared_arithmetic;
+pub(super) use super::{
+    avx2::{lookup_totals, stored_dots, t5_to_t2},
+    avx512_product::add_product,
+    avx512_screen::screen_totals,
 };
 
-pub(super) use super::avx512_screen::screen_totals;
-
+shared_arithmetic!("avx512f,avx512bw,avx512vl,avx2,fma,f16c");
 super::vnni::vnni_kernels!("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c");
 
 type Vector = __m512i;

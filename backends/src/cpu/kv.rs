@@ -12,11 +12,11 @@
 
 use half::f16;
 
-use super::Kernels;
+use super::product::{Numbers, PANEL};
 use crate::ops::KvFormat;
 
 /// Entries in a block.
-pub(super) const ENTRIES: usize = 16;
+pub(super) const ENTRIES: usize = PANEL;
 
 /// Keys and values of all heads, oldest first.
 #[derive(Debug, Clone)]
@@ -37,7 +37,7 @@ pub(super) struct HeadCache {
 }
 
 /// Numbers of some blocks.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) enum Cells {
     F32(Vec<f32>),
     F16(Vec<f16>),
@@ -112,6 +112,22 @@ impl HeadCaches {
     }
 }
 
+impl Clone for Cells {
+    /// A copy is made to be continued, so it has room for some blocks: else its next entry would move all of them.
+    fn clone(&self) -> Self {
+        fn roomy<T: Copy>(cells: &[T]) -> Vec<T> {
+            let mut copy = Vec::with_capacity(cells.len() + (cells.len() / 8).max(1 << 14));
+            copy.extend_from_slice(cells);
+            copy
+        }
+        match self {
+            Self::F32(cells) => Self::F32(roomy(cells)),
+            Self::F16(cells) => Self::F16(roomy(cells)),
+            Self::Int8(cells, scales) => Self::Int8(roomy(cells), roomy(scales)),
+        }
+    }
+}
+
 impl Cells {
     fn new(format: KvFormat) -> Self {
         match format {
@@ -178,15 +194,13 @@ impl Cells {
         }
     }
 
-    /// The numbers of a block as floats, without their entries' scales.
-    pub(super) fn block<'a>(&'a self, kernels: Kernels, block: usize, scratch: &'a mut [f32]) -> &'a [f32] {
-        let cells = block * scratch.len()..(block + 1) * scratch.len();
+    /// Some of the numbers, without their entries' scales.
+    pub(super) fn numbers(&self, cells: std::ops::Range<usize>) -> Numbers<'_> {
         match self {
-            Self::F32(all) => return &all[cells],
-            Self::F16(all) => kernels.widen_halves(&all[cells], scratch),
-            Self::Int8(all, _) => kernels.widen_bytes(&all[cells], scratch),
+            Self::F32(all) => Numbers::F32(&all[cells]),
+            Self::F16(all) => Numbers::F16(&all[cells]),
+            Self::Int8(all, _) => Numbers::Int8(&all[cells]),
         }
-        scratch
     }
 
     /// The scale of every entry, where they have one.

@@ -2,8 +2,6 @@
 //! that loops become vectors; the operations, and with them the bits, stay the same, for Rust never fuses a multiplication
 //! with an addition on its own.
 
-use half::f16;
-
 use super::tokens::{QUAD, QUAD_BLOCKS, Quad};
 use crate::{
     format::{BLOCK, Rotation, T2_BLOCK_BYTES},
@@ -89,24 +87,44 @@ pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
 /// The softmax over one query's scores that are seen, and a sink.
 #[inline(always)]
 pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
-    let mut top = [sink; LANES];
+    let total = sink_exponentials(scores, scale, sink);
+    scores.iter_mut().for_each(|score| *score /= total);
+}
+
+/// The same before the division: `e^(score - top)` in the place of the scores, `top` being the largest of them and the sink;
+/// returns what they and the sink's add up to.
+#[inline(always)]
+pub(super) fn sink_exponentials(scores: &mut [f32], scale: f32, sink: f32) -> f32 {
     let largest = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
-    for scores in scores.chunks_mut(LANES) {
-        for (score, top) in scores.iter_mut().zip(&mut top) {
+    // Whole chunks first: their accumulators stay in registers. Four side by side hide how long a comparison takes.
+    let mut tops = [sink; 4 * LANES];
+    let (chunks, rest) = scores.as_chunks_mut::<{ 4 * LANES }>();
+    let look = |scores: &mut [f32], tops: &mut [f32; 4 * LANES]| {
+        for (score, top) in scores.iter_mut().zip(tops) {
             *score *= scale;
             *top = largest(*score, *top);
         }
+    };
+    chunks.iter_mut().for_each(|scores| look(scores, &mut tops));
+    look(rest, &mut tops);
+    let mut width = tops.len();
+    while width > 1 {
+        width /= 2;
+        let (low, high) = tops.split_at_mut(width);
+        low.iter_mut().zip(&*high).for_each(|(a, b)| *a = largest(*a, *b));
     }
-    let top = top.into_iter().fold(sink, largest);
+    let top = tops[0];
     let mut sums = [0.0f32; LANES];
-    for scores in scores.chunks_mut(LANES) {
-        for (score, sum) in scores.iter_mut().zip(&mut sums) {
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    let add = |scores: &mut [f32], sums: &mut [f32; LANES]| {
+        for (score, sum) in scores.iter_mut().zip(sums) {
             *score = exp(*score - top);
             *sum += *score;
         }
-    }
-    let total = sums.iter().sum::<f32>() + exp(sink - top);
-    scores.iter_mut().for_each(|score| *score /= total);
+    };
+    chunks.iter_mut().for_each(|scores| add(scores, &mut sums));
+    add(rest, &mut sums);
+    sums.iter().sum::<f32>() + exp(sink - top)
 }
 
 /// The gradient of one query's scores, in the place of `gradient`; returns that of the sink.
@@ -124,79 +142,6 @@ pub(super) fn sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale:
         *gradient = (*gradient - mean) * share * scale;
     }
     (sum - 1.0) * mean
-}
-
-/// Some rows of numbers, each `stride` after the one before; the last may be shorter than that.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Matrix<'a> {
-    pub(super) rows: &'a [f32],
-    pub(super) stride: usize,
-}
-
-/// `out += a * b`: `inner` columns of `a`, as many rows of `b`; `out` has rows of `stride` numbers, of which as many are
-/// added to as `b` has columns (its stride), and ends where `a` or `out` does.
-///
-/// Every element is a chain of fused multiply-adds along the rows of `b`, in order.
-#[inline(always)]
-pub(super) fn add_product(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
-    let rows = out.len().div_ceil(stride).min(a.rows.len().div_ceil(a.stride));
-    let mut row = 0;
-    while row < rows {
-        let (a, out) = (Matrix { rows: &a.rows[row * a.stride..], ..a }, &mut out[row * stride..]);
-        row += if rows - row >= 4 {
-            add_rows::<4>(a, b, out, stride, inner)
-        } else {
-            add_rows::<1>(a, b, out, stride, inner)
-        };
-    }
-}
-
-/// The same for `R` rows; returns `R`.
-#[inline(always)]
-fn add_rows<const R: usize>(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) -> usize {
-    let a: [&[f32]; R] = std::array::from_fn(|r| &a.rows[r * a.stride..][..inner]);
-    let mut column = 0;
-    while column + LANES <= b.stride {
-        let mut sums: [[f32; LANES]; R] =
-            std::array::from_fn(|r| std::array::from_fn(|lane| out[r * stride + column + lane]));
-        for (i, row) in b.rows.chunks(b.stride).take(inner).enumerate() {
-            let row = &row[column..column + LANES];
-            for (sums, a) in sums.iter_mut().zip(&a) {
-                sums.iter_mut().zip(row).for_each(|(sum, b)| *sum = a[i].mul_add(*b, *sum));
-            }
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            out[r * stride + column..][..LANES].copy_from_slice(sums);
-        }
-        column += LANES;
-    }
-    for column in column..b.stride {
-        for (r, a) in a.iter().enumerate() {
-            let column_of_b = b.rows.iter().skip(column).step_by(b.stride);
-            let out = &mut out[r * stride + column];
-            *out = a.iter().zip(column_of_b).fold(*out, |sum, (a, b)| a.mul_add(*b, sum));
-        }
-    }
-    R
-}
-
-/// Half precision to floats, exactly, without an instruction for it: its exponent is rebased by a multiplication.
-#[inline(always)]
-pub(super) fn widen_halves(halves: &[f16], out: &mut [f32]) {
-    // 2^112, the difference of the two exponents' offsets.
-    const REBASE: f32 = f32::from_bits((112 + 127) << 23);
-    for (out, half) in out.iter_mut().zip(halves) {
-        let bits = u32::from(half.to_bits());
-        let magnitude = f32::from_bits((bits & 0x7fff) << 13) * REBASE;
-        let infinite = if bits & 0x7c00 == 0x7c00 { INFINITY_BITS } else { 0 };
-        *out = f32::from_bits(magnitude.to_bits() | infinite | (bits & 0x8000) << 16);
-    }
-}
-
-/// 8-bit numbers to floats.
-#[inline(always)]
-pub(super) fn widen_bytes(bytes: &[i8], out: &mut [f32]) {
-    out.iter_mut().zip(bytes).for_each(|(out, byte)| *out = f32::from(*byte));
 }
 
 /// `x / sqrt(mean(x^2) + epsilon) * gamma`.
@@ -276,22 +221,6 @@ fn t5_blocks_to_t2(t5: &[u8], t2: &mut [u8]) {
         let quarters = [next(), next(), next(), next()];
         for (j, byte) in block.iter_mut().enumerate() {
             *byte = quarters[0][j] | quarters[1][j] << 2 | quarters[2][j] << 4 | quarters[3][j] << 6;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_half_widens_as_half_does() {
-        let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
-        let mut out = vec![0.0; halves.len()];
-        widen_halves(&halves, &mut out);
-        for (half, found) in halves.iter().zip(out) {
-            let expected = half.to_f32();
-            assert!(found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan(), "{half:?}");
         }
     }
 }

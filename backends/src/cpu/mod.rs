@@ -37,6 +37,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx512_product;
+#[cfg(target_arch = "x86_64")]
 mod avx512_screen;
 #[cfg(target_arch = "x86_64")]
 mod avxvnni;
@@ -50,6 +52,7 @@ mod math;
 mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neon_dot;
+mod product;
 pub mod routing;
 mod scalar;
 pub mod screen;
@@ -64,8 +67,6 @@ mod vnni;
 
 use std::fmt;
 
-use half::f16;
-
 pub use kv::HeadCaches;
 pub use linear::unpack;
 pub use team::session;
@@ -78,7 +79,7 @@ use crate::{
 use bounds::{ScreenRows, TokenTerms};
 use linear::T2Rows;
 use lookup::{LOOKUP_ROWS, Table};
-use math::Matrix;
+use product::{Panels, Rows, Sums};
 use screen::Dither;
 use tokens::{Quad, Token};
 
@@ -245,24 +246,19 @@ impl Kernels {
         dispatch!(self, sink_softmax(scores, scale, sink));
     }
 
+    /// The same before the division; returns what to divide by.
+    fn sink_exponentials(self, scores: &mut [f32], scale: f32, sink: f32) -> f32 {
+        dispatch!(self, sink_exponentials(scores, scale, sink))
+    }
+
     /// Its gradient in the place of `gradient`; returns that of the sink.
     fn sink_softmax_gradient(self, shares: &[f32], gradient: &mut [f32], scale: f32) -> f32 {
         dispatch!(self, sink_softmax_gradient(shares, gradient, scale))
     }
 
-    /// `out += a * b`: see [`math::add_product`].
-    fn add_product(self, a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], stride: usize, inner: usize) {
-        dispatch!(self, add_product(a, b, out, stride, inner));
-    }
-
-    /// Half precision to floats.
-    fn widen_halves(self, halves: &[f16], out: &mut [f32]) {
-        dispatch!(self, widen_halves(halves, out));
-    }
-
-    /// 8-bit numbers to floats.
-    fn widen_bytes(self, bytes: &[i8], out: &mut [f32]) {
-        dispatch!(self, widen_bytes(bytes, out));
+    /// `sums += a * b`: see [`product`].
+    fn add_product(self, a: Rows<'_>, b: Panels<'_>, inner: usize, sums: Sums<'_>) {
+        dispatch!(self, add_product(a, b, inner, sums));
     }
 
     /// The norm of one token: see [`math::rms_norm`].

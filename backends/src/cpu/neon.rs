@@ -10,7 +10,9 @@ use super::{
     bounds::{self, ScreenRows},
     linear::T2Rows,
     lookup::{LOOKUP_ROWS, Table},
-    math, scalar,
+    math,
+    product::{self, Panels, Rows, Sums},
+    scalar,
     shared::shared_arithmetic,
     stored::{KERNEL_TOKENS, LANES},
     tokens::{QUAD_BLOCKS, Quad, Token},
@@ -18,6 +20,11 @@ use super::{
 use crate::{format::T2_BLOCK_BYTES, ops::StoredFloat};
 
 shared_arithmetic!("neon");
+
+#[target_feature(enable = "neon")]
+pub(super) fn add_product(a: Rows<'_>, b: Panels<'_>, inner: usize, sums: Sums<'_>) {
+    product::add_product(a, b, inner, sums);
+}
 
 /// Blocks whose products 16 bits can hold: 16 blocks * 4 quarters * 2 halves * 2 (code) * 127 = 32,512.
 const CHUNK_BLOCKS: usize = 16;

@@ -3,7 +3,8 @@
 use super::{
     Kernels,
     linear::check,
-    math::{self, Matrix},
+    math,
+    product::{Numbers, Panels, Rows, Sums},
     tasks,
 };
 use crate::format::FormatError;
@@ -53,8 +54,13 @@ pub fn route(
     let rows = if parallel { 4 } else { tokens.max(1) };
     let work = x.chunks(rows * hidden).zip(scores.chunks_mut(rows * experts)).collect();
     tasks::run(work, parallel, |(x, scores)| {
-        let (x, weight) = (Matrix { rows: x, stride: hidden }, Matrix { rows: weight, stride: experts });
-        kernels.add_product(x, weight, scores, experts, hidden);
+        let weight = Panels::of_rows(Numbers::F32(weight), experts);
+        kernels.add_product(
+            Rows { numbers: x, stride: hidden },
+            weight,
+            hidden,
+            Sums { numbers: scores, stride: experts },
+        );
     });
     let (mut chosen, mut weights) = (Vec::with_capacity(tokens * k), Vec::with_capacity(tokens * k));
     let mut order: Vec<usize> = Vec::new();

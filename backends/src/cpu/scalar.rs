@@ -5,6 +5,7 @@ use super::{
     linear::T2Rows,
     lookup::{LOOKUP_ROWS, Table},
     math,
+    product::{self, Panels, Rows, Sums},
     shared::shared_arithmetic,
     stored::LANES,
     tokens::{QUAD_BLOCKS, Token},
@@ -67,6 +68,10 @@ pub(super) fn lookup_totals(
 
 pub(super) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
     math::t5_to_t2(t5, in_features, t2);
+}
+
+pub(super) fn add_product(a: Rows<'_>, b: Panels<'_>, inner: usize, sums: Sums<'_>) {
+    product::add_product(a, b, inner, sums);
 }
 
 pub(super) fn stored_dots(float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {

@@ -11,11 +11,9 @@ macro_rules! shared_arithmetic {
             math::swiglu(activation: $crate::ops::ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]);
             math::round_token(x: &mut [f32], rotation: Option<$crate::format::Rotation>);
             math::sink_softmax(scores: &mut [f32], scale: f32, sink: f32);
+            math::sink_exponentials(scores: &mut [f32], scale: f32, sink: f32) -> f32;
             math::sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32;
-            math::add_product(a: $crate::cpu::math::Matrix<'_>, b: $crate::cpu::math::Matrix<'_>, out: &mut [f32], stride: usize, inner: usize);
             math::rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]);
-            math::widen_halves(halves: &[half::f16], out: &mut [f32]);
-            math::widen_bytes(bytes: &[i8], out: &mut [f32]);
             screen::screen_row(
                 float: $crate::ops::StoredFloat, words: &[u32], dither: &$crate::cpu::screen::Dither, x: &mut [f32], codes: &mut [u8]
             ) -> [f32; 2];

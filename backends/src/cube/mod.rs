@@ -3,9 +3,27 @@
 //! They are written for Burn's [`CubeBackend`] without fusion, for which [`Wgpu`] and [`Cuda`] stand here whatever features
 //! an app has switched on in Burn itself.
 
-use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
+mod attention;
+mod buffer;
+mod device;
+pub mod devices;
+mod experts;
+mod linear;
+mod routing;
+mod stored;
+mod tokens;
+mod weight;
 
-use crate::ops::TernaryBackend;
+use burn::tensor::{DType, Int, Tensor};
+use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
+
+use crate::{
+    format::{Rotation, TernaryWeight},
+    ops::{BiasedWeight, LayerCache, StoredMatrix, TernaryBackend, TernaryExperts},
+};
+use buffer::{floats, integers, tensor};
+use linear::{Matrices, products};
+use tokens::{Before, Tokens, quantize};
 
 /// Vulkan, Metal, DirectX 12 or WebGPU.
 #[cfg(feature = "wgpu")]
@@ -15,4 +33,114 @@ pub type Wgpu = CubeBackend<burn_wgpu::WgpuRuntime, f32, i32, u32>;
 #[cfg(feature = "cuda")]
 pub type Cuda = CubeBackend<cubecl::cuda::CudaRuntime, f32, i32, u8>;
 
-impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBackend for CubeBackend<R, F, I, BT> {}
+/// Elements of a stored matrix that are decoded at a time: 128 MiB.
+const DECODED: usize = 32 << 20;
+
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBackend for CubeBackend<R, F, I, BT> {
+    fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
+        let tokens = quantize(floats(x), Before::Nothing, &weight.layout);
+        tensor(products(&tokens, weight, None, Matrices::One(matrix)))
+    }
+
+    fn ternary_linears(x: Tensor<Self, 2>, linears: &[BiasedWeight<Self>]) -> Vec<Tensor<Self, 2>> {
+        linears_of(floats(x), || Before::Nothing, linears)
+    }
+
+    fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
+        tensor(routing::rms_norm(floats(x), floats(gamma), epsilon as f32))
+    }
+
+    fn route(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Tensor<Self, 1>,
+        k: usize,
+    ) -> (Tensor<Self, 2, Int>, Tensor<Self, 2>) {
+        let (chosen, weights) = routing::route(floats(x), floats(weight), floats(bias), k);
+        (Tensor::from_primitive(chosen), tensor(weights))
+    }
+
+    fn ternary_experts(
+        x: Tensor<Self, 2>,
+        chosen: Tensor<Self, 2, Int>,
+        weights: Tensor<Self, 2>,
+        experts: &TernaryExperts<Self>,
+    ) -> Tensor<Self, 2> {
+        tensor(experts::experts(floats(x), ids(chosen), floats(weights), experts))
+    }
+
+    fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
+        stored_linear(x, matrix)
+    }
+
+    fn stored_linear_at(
+        x: Tensor<Self, 2>,
+        matrix: &StoredMatrix<Self>,
+        rows: Tensor<Self, 1, Int>,
+    ) -> Tensor<Self, 2> {
+        tensor(stored::linear(floats(x), matrix, Some(ids(rows))))
+    }
+
+    fn stored_rows(matrix: &StoredMatrix<Self>, rows: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        tensor(stored::rows(matrix, ids(rows)))
+    }
+
+    fn ternary_rows(weight: &TernaryWeight<Self>, matrix: usize, rows: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
+        tensor(stored::ternary_rows(weight, matrix, ids(rows)))
+    }
+
+    fn cached_attention(
+        qkv: [Tensor<Self, 2>; 3],
+        rope: [Tensor<Self, 2>; 2],
+        sinks: Tensor<Self, 1>,
+        scale: f32,
+        cache: &mut LayerCache<Self>,
+    ) -> Tensor<Self, 2> {
+        tensor(attention::attention(qkv.map(floats), rope.map(floats), floats(sinks), scale, cache))
+    }
+}
+
+/// Indices as the kernels take them.
+fn ids<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement, const D: usize>(
+    ids: Tensor<CubeBackend<R, F, I, BT>, D, Int>,
+) -> CubeTensor<R> {
+    integers(if ids.dtype() == DType::I32 { ids } else { ids.cast(DType::I32) })
+}
+
+/// [`stored_linear`](crate::stored_linear): products one by one for a few tokens, and for many, whose rows are worth being
+/// decoded, Burn's product with some of them at a time.
+fn stored_linear<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    x: Tensor<CubeBackend<R, F, I, BT>, 2>,
+    matrix: &StoredMatrix<CubeBackend<R, F, I, BT>>,
+) -> Tensor<CubeBackend<R, F, I, BT>, 2> {
+    if !linear::is_tiled(x.dims()[0]) || matrix.rows() == 0 {
+        return tensor(stored::linear(floats(x), matrix, None));
+    }
+    let (step, device) = ((DECODED / matrix.columns()).max(1), x.device());
+    let products = (0..matrix.rows()).step_by(step).map(|start| {
+        let end = (start + step).min(matrix.rows());
+        let rows = Tensor::<CubeBackend<R, F, I, BT>, 1, Int>::arange(start as i64..end as i64, &device);
+        let decoded: Tensor<_, 2> = tensor(stored::rows(matrix, ids(rows)));
+        x.clone().matmul(decoded.transpose())
+    });
+    Tensor::cat(products.collect(), 1)
+}
+
+/// Products of one input with several matrices; weights packed alike share the rounded input.
+fn linears_of<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    x: CubeTensor<R>,
+    before: impl Fn() -> Before<R>,
+    linears: &[BiasedWeight<CubeBackend<R, F, I, BT>>],
+) -> Vec<Tensor<CubeBackend<R, F, I, BT>, 2>> {
+    let mut rounded: Option<((usize, Option<Rotation>), Tokens<R>)> = None;
+    let product = |BiasedWeight { weight, bias }: &BiasedWeight<CubeBackend<R, F, I, BT>>| {
+        let key = (weight.layout.packed_inputs(), weight.layout.rotation);
+        let tokens = match rounded.take() {
+            Some((known, tokens)) if known == key => tokens,
+            _ => quantize(x.clone(), before(), &weight.layout),
+        };
+        rounded = Some((key, tokens.clone()));
+        tensor(products(&tokens, weight, bias.clone().map(floats), Matrices::One(0)))
+    };
+    linears.iter().map(product).collect()
+}

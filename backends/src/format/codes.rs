@@ -36,6 +36,15 @@ impl CodeFormat {
         }
     }
 
+    /// Weights that a word has codes for.
+    #[must_use]
+    pub const fn weights_per_word(self) -> usize {
+        match self {
+            Self::T2 => BLOCK / T2_BLOCK_WORDS,
+            Self::T5 => 4 * T5_DIGITS,
+        }
+    }
+
     /// Writes one row of trits (each -1, 0 or +1; other values are clamped into that range) as codes.
     ///
     /// # Panics

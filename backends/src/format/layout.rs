@@ -32,6 +32,12 @@ impl TernaryLayout {
         self.format.words_per_row(self.in_features)
     }
 
+    /// Inputs that a packed row has codes for, the padding included.
+    #[must_use]
+    pub const fn packed_inputs(&self) -> usize {
+        self.words_per_row() * self.format.weights_per_word()
+    }
+
     /// Group scales of one row, the last group possibly short; 0 if the layout has no groups.
     #[must_use]
     pub const fn groups(&self) -> usize {

@@ -52,13 +52,22 @@ pub struct LayerCache<B: Backend> {
     /// `[kv_heads, entries, head_dim]` each, on backends without a cache of their own.
     tensors: Option<(Tensor<B, 3>, Tensor<B, 3>)>,
     heads: Option<HeadCaches>,
+    ring: Option<Ring<B>>,
+}
+
+/// Keys and values on a device, `[slots, kv_heads * head_dim]` each, written in place: the entry of position `p` lies in slot
+/// `p % slots`.
+#[derive(Debug, Clone)]
+pub(crate) struct Ring<B: Backend> {
+    pub(crate) keys: Tensor<B, 2>,
+    pub(crate) values: Tensor<B, 2>,
 }
 
 impl<B: Backend> LayerCache<B> {
     /// An empty cache; `window` is how many positions a query sees, itself included, `None` for all that came before.
     #[must_use]
     pub fn new(window: Option<usize>) -> Self {
-        Self { window, spare: 0, format: KvFormat::F32, position: 0, tensors: None, heads: None }
+        Self { window, spare: 0, format: KvFormat::F32, position: 0, tensors: None, heads: None, ring: None }
     }
 
     /// The same, kept in another format; backends without a cache of their own keep floats.
@@ -142,6 +151,17 @@ impl<B: Backend> LayerCache<B> {
         }
         self.position = heads.end();
         heads
+    }
+
+    /// The ring, if there is one already.
+    pub(crate) fn take_ring(&mut self) -> Option<Ring<B>> {
+        self.ring.take()
+    }
+
+    /// Puts the ring back, with the entries of `tokens` more.
+    pub(crate) fn put_ring(&mut self, ring: Ring<B>, tokens: usize) {
+        self.ring = Some(ring);
+        self.position += tokens;
     }
 
     /// Forgets what no later query can see.

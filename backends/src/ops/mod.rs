@@ -4,7 +4,10 @@
 //! backend. Shapes that do not fit panic, as they do in Burn's own operations; nothing in the *values* of a tensor does.
 
 mod attention;
-#[cfg_attr(not(any(feature = "flex", feature = "ndarray")), allow(dead_code, reason = "heads need a host backend"))]
+#[cfg_attr(
+    not(all(any(feature = "flex", feature = "ndarray"), any(feature = "wgpu", feature = "cuda"))),
+    allow(dead_code, reason = "heads need a host backend, rings a GPU")
+)]
 mod cache;
 mod experts;
 mod stopwatch;
@@ -13,6 +16,8 @@ mod stored;
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
 pub use attention::{AttentionSpec, ScoreView, cached_attention, sink_attention};
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) use cache::Ring;
 pub use cache::{KvFormat, LayerCache};
 pub use experts::{ClampedSwiGlu, TernaryExperts};
 pub use stopwatch::time_in_operations;
@@ -44,14 +49,7 @@ pub trait TernaryBackend: Backend {
     /// See [`ternary_linears`].
     #[must_use]
     fn ternary_linears(x: Tensor<Self, 2>, linears: &[BiasedWeight<Self>]) -> Vec<Tensor<Self, 2>> {
-        let product = |linear: &BiasedWeight<Self>| {
-            let y = Self::ternary_linear(x.clone(), &linear.weight, 0);
-            match &linear.bias {
-                Some(bias) => y + bias.clone().unsqueeze(),
-                None => y,
-            }
-        };
-        linears.iter().map(product).collect()
+        reference::ternary_linears(x, linears)
     }
 
     /// See [`rms_norm`].

@@ -1,6 +1,9 @@
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 
-use crate::format::{BLOCK, Rotation, TernaryWeight};
+use crate::{
+    format::{BLOCK, Rotation, TernaryWeight},
+    ops::{BiasedWeight, TernaryBackend},
+};
 
 /// Largest int8 activation.
 const QMAX: f32 = 127.0;
@@ -35,6 +38,19 @@ pub fn ternary_linear<B: Backend>(x: Tensor<B, 2>, weight: &TernaryWeight<B>, ma
     let dense = fake_quantize(x).matmul(weight.to_dense(matrix).transpose());
     let through = dense.clone() - dense.detach();
     value + through
+}
+
+/// [`ternary_linears`](crate::ternary_linears), one product after the other.
+#[must_use]
+pub fn ternary_linears<B: TernaryBackend>(x: Tensor<B, 2>, linears: &[BiasedWeight<B>]) -> Vec<Tensor<B, 2>> {
+    let product = |linear: &BiasedWeight<B>| {
+        let y = B::ternary_linear(x.clone(), &linear.weight, 0);
+        match &linear.bias {
+            Some(bias) => y + bias.clone().unsqueeze(),
+            None => y,
+        }
+    };
+    linears.iter().map(product).collect()
 }
 
 /// The activations as int8 would hold them, back in floats: `q * s`. The gradient passes through unchanged.

@@ -14,10 +14,10 @@ use ternoss_backends::{
 use crate::support::{Noise, all_kernels, assert_close, assert_same, matrix, values};
 
 #[derive(Debug)]
-struct Case {
+pub(crate) struct Case {
     /// Query heads, key heads, tokens, size of a head.
-    sizes: [usize; 4],
-    window: Option<usize>,
+    pub(crate) sizes: [usize; 4],
+    pub(crate) window: Option<usize>,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -28,7 +28,7 @@ struct Case {
 const SCALE: f32 = 0.4;
 
 impl Case {
-    fn new(sizes: [usize; 4], window: Option<usize>, seed: u64) -> Self {
+    pub(crate) fn new(sizes: [usize; 4], window: Option<usize>, seed: u64) -> Self {
         let [heads, kv_heads, tokens, size] = sizes;
         let mut noise = Noise::new(seed);
         let mut floats = |n| noise.floats(n).iter().map(|x| x * 3.0).collect::<Vec<_>>();
@@ -38,7 +38,12 @@ impl Case {
     }
 
     /// Tokens of `range` through an operation.
-    fn step<B: TernaryBackend>(&self, range: Range<usize>, cache: &mut LayerCache<B>, plain: bool) -> Vec<f32> {
+    pub(crate) fn step<B: TernaryBackend>(
+        &self,
+        range: Range<usize>,
+        cache: &mut LayerCache<B>,
+        plain: bool,
+    ) -> Vec<f32> {
         let [heads, kv_heads, _, size] = self.sizes;
         let rows = |values: &[f32], width: usize| {
             matrix::<B>(&values[range.start * width..range.end * width], [range.len(), width])
@@ -53,12 +58,12 @@ impl Case {
         })
     }
 
-    fn cache<B: TernaryBackend>(&self) -> LayerCache<B> {
+    pub(crate) fn cache<B: TernaryBackend>(&self) -> LayerCache<B> {
         LayerCache::new(self.window)
     }
 
     /// All tokens in steps of `step`.
-    fn run<B: TernaryBackend>(&self, step: usize, mut cache: LayerCache<B>, plain: bool) -> Vec<f32> {
+    pub(crate) fn run<B: TernaryBackend>(&self, step: usize, mut cache: LayerCache<B>, plain: bool) -> Vec<f32> {
         let tokens = self.sizes[2];
         let steps = (0..tokens).step_by(step).map(|start| start..(start + step).min(tokens));
         let out = steps.flat_map(|range| self.step(range, &mut cache, plain)).collect();
@@ -68,7 +73,7 @@ impl Case {
     }
 }
 
-fn any_case() -> impl Strategy<Value = Case> {
+pub(crate) fn any_case() -> impl Strategy<Value = Case> {
     let window = prop_oneof![Just(None), Just(Some(1)), Just(Some(16)), (2..60usize).prop_map(Some)];
     let sizes = (1..=3usize, 1..=9usize, 1..=70usize, prop_oneof![Just(2usize), Just(16), Just(24), Just(64)]);
     (sizes, window, any::<u64>()).prop_map(|((kv_heads, group, tokens, size), window, seed)| {

@@ -9,11 +9,11 @@ use ternoss_backends::{
 
 use crate::support::{Noise, Weights, all_kernels, assert_close, assert_same, layout, matrix, values};
 
-const EXPERTS: usize = 6;
+pub(crate) const EXPERTS: usize = 6;
 const HIDDEN: usize = 200;
 const INTERMEDIATE: usize = 130;
 
-struct Layer {
+pub(crate) struct Layer {
     gate_up: Weights,
     gate_up_bias: Vec<f32>,
     down: Weights,
@@ -22,7 +22,7 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(format: CodeFormat, planes: usize, group_size: Option<usize>) -> Self {
+    pub(crate) fn new(format: CodeFormat, planes: usize, group_size: Option<usize>) -> Self {
         let of = |rows, width| TernaryLayout { matrices: EXPERTS, planes, group_size, ..layout(format, rows, width) };
         let mut noise = Noise::new(1);
         let mut gate_up = Weights::new(of(2 * INTERMEDIATE, HIDDEN), 2);
@@ -39,7 +39,7 @@ impl Layer {
         }
     }
 
-    fn tensors<B: Backend>(&self) -> TernaryExperts<B> {
+    pub(crate) fn tensors<B: Backend>(&self) -> TernaryExperts<B> {
         let gate_up_bias = matrix(&self.gate_up_bias, [EXPERTS, 2 * INTERMEDIATE]);
         let down_bias = matrix(&self.down_bias, [EXPERTS, HIDDEN]);
         let (gate_up, down) = (self.gate_up.tensor(), self.down.tensor());
@@ -56,7 +56,7 @@ impl Layer {
     }
 
     /// Token by token, choice by choice.
-    fn naive(&self, batch: &Batch) -> Vec<f32> {
+    pub(crate) fn naive(&self, batch: &Batch) -> Vec<f32> {
         let mut out = vec![0.0f32; batch.x.len()];
         for (choice, (expert, weight)) in batch.chosen.iter().zip(&batch.weights).enumerate() {
             let token = choice / batch.k * HIDDEN;
@@ -86,15 +86,15 @@ impl Layer {
     }
 }
 
-struct Batch {
-    x: Vec<f32>,
-    chosen: Vec<i64>,
+pub(crate) struct Batch {
+    pub(crate) x: Vec<f32>,
+    pub(crate) chosen: Vec<i64>,
     weights: Vec<f32>,
     k: usize,
 }
 
 impl Batch {
-    fn new(tokens: usize, k: usize) -> Self {
+    pub(crate) fn new(tokens: usize, k: usize) -> Self {
         let mut noise = Noise::new(4);
         // Expert 4 is never chosen.
         let choose = |n: u64| [0, 1, 2, 3, 5][(n % 5) as usize];
@@ -115,7 +115,7 @@ impl Batch {
         self.x.len() / HIDDEN
     }
 
-    fn run<B: TernaryBackend>(&self, experts: &TernaryExperts<B>, plain: bool) -> Vec<f32> {
+    pub(crate) fn run<B: TernaryBackend>(&self, experts: &TernaryExperts<B>, plain: bool) -> Vec<f32> {
         let shape = [self.tokens(), self.k];
         let chosen: Tensor<B, 2, Int> =
             Tensor::from_data(TensorData::new(self.chosen.clone(), shape), &Default::default());
@@ -131,7 +131,7 @@ impl Batch {
 }
 
 /// Another exp may round a value between the matrices to the neighbouring int8 level: a few of those are allowed for.
-const ONE_LEVEL: f32 = 0.01;
+pub(crate) const ONE_LEVEL: f32 = 0.01;
 
 #[test]
 fn every_instruction_set_agrees_with_a_naive_loop_and_with_the_others_bit_for_bit() {

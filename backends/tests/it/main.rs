@@ -3,6 +3,7 @@
 
 mod attention;
 mod cache;
+mod cube;
 mod experts;
 mod format;
 mod gradients;

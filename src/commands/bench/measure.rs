@@ -3,8 +3,8 @@
 use std::{ops::ControlFlow, time::Instant};
 
 use anyhow::Result;
+use burn::tensor::Device;
 use ternoss::{
-    Cpu,
     backends::{TernaryBackend, ops::time_in_operations},
     model::{
         GptOss, KvCache, StopRules,
@@ -27,11 +27,15 @@ pub(super) struct LoadTimes {
 }
 
 /// Loads the model and runs a token, once for warm pages and then as often as the plan says.
-pub(super) fn load(args: &ModelArgs, plan: &Plan) -> Result<(GptOss<Cpu>, LoadTimes)> {
+pub(super) fn load<B: TernaryBackend>(
+    args: &ModelArgs,
+    plan: &Plan,
+    device: &Device<B>,
+) -> Result<(GptOss<B>, LoadTimes)> {
     let first = &plan.ids[..1];
-    let once = || -> Result<(GptOss<Cpu>, [f64; 2])> {
+    let once = || -> Result<(GptOss<B>, [f64; 2])> {
         let started = Instant::now();
-        let model = args.load_writer(&args.checkpoint()?)?;
+        let model = args.load_writer::<B>(&args.checkpoint()?, device)?;
         let loaded = started.elapsed().as_secs_f64();
         model.prefill(first, &mut model.new_cache())?;
         Ok((model, [loaded, started.elapsed().as_secs_f64()]))
@@ -77,13 +81,13 @@ fn median<T: Copy>(mut all: Vec<T>, seconds: impl Fn(&T) -> f64) -> T {
 }
 
 /// A model and what is measured on it.
-pub(super) struct Bench<'a> {
-    pub(super) model: &'a GptOss<Cpu>,
+pub(super) struct Bench<'a, B: TernaryBackend> {
+    pub(super) model: &'a GptOss<B>,
     pub(super) plan: &'a Plan,
     pub(super) progress: &'a Progress,
 }
 
-impl Bench<'_> {
+impl<B: TernaryBackend> Bench<'_, B> {
     /// Brings the pages that tokens read into memory, and counts the tokens of each expert: `[layers][experts]`.
     pub(super) fn warm_up(&self) -> Result<Vec<Vec<usize>>> {
         let ids = self.plan.warm_up();
@@ -94,7 +98,7 @@ impl Bench<'_> {
     }
 
     /// Decoding after each context, by each number of threads; and the cache of the longest context.
-    pub(super) fn decode(&self) -> Result<(Vec<Decode>, KvCache<Cpu>)> {
+    pub(super) fn decode(&self) -> Result<(Vec<Decode>, KvCache<B>)> {
         let mut cache = self.model.new_cache();
         let mut results = Vec::new();
         for context in &self.plan.contexts {
@@ -143,8 +147,8 @@ impl Bench<'_> {
     fn sample(
         &self,
         tokens: usize,
-        cache: impl Fn() -> KvCache<Cpu>,
-        work: impl Fn(KvCache<Cpu>) -> Result<()> + Sync,
+        cache: impl Fn() -> KvCache<B>,
+        work: impl Fn(KvCache<B>) -> Result<()> + Sync,
     ) -> Result<Vec<(Sample, Vec<f64>)>> {
         let mut samples = vec![Vec::new(); self.plan.pools.len()];
         for _ in 0..self.plan.runs {
@@ -164,7 +168,7 @@ impl Bench<'_> {
     }
 
     /// Brings the cache to `context` tokens.
-    fn fill(&self, cache: &mut KvCache<Cpu>, context: usize) -> Result<()> {
+    fn fill(&self, cache: &mut KvCache<B>, context: usize) -> Result<()> {
         let new = &self.plan.ids[cache.position()..context];
         if !new.is_empty() {
             self.plan.widest().install(|| self.model.prefill(new, cache))?;
@@ -175,10 +179,10 @@ impl Bench<'_> {
 
     /// Decodes one token after the other, the choice of the next one included; but random ones come next, so that they go
     /// to all experts whatever the model would say.
-    fn decode_once(&self, ids: &[u32], mut cache: KvCache<Cpu>) -> Result<()> {
+    fn decode_once(&self, ids: &[u32], mut cache: KvCache<B>) -> Result<()> {
         let mut sampler = Sampler::new(SamplingConfig::greedy())?;
         let rules = StopRules { max_tokens: 1, stop_tokens: Vec::new() };
-        Cpu::session(|| {
+        B::session(|| {
             for id in ids {
                 self.model.generate(&[*id], &mut cache, &mut sampler, &rules, |_| ControlFlow::Continue(()))?;
             }
@@ -188,6 +192,6 @@ impl Bench<'_> {
 }
 
 /// Bytes that a token of a prompt of `tokens` reads.
-pub(super) fn bytes_a_token(model: &GptOss<Cpu>, tokens: usize) -> f64 {
+pub(super) fn bytes_a_token<B: TernaryBackend>(model: &GptOss<B>, tokens: usize) -> f64 {
     model.prefill_traffic(tokens).total() as f64 / tokens as f64
 }

@@ -8,11 +8,12 @@ mod results;
 use std::{fs, path::PathBuf, thread};
 
 use anyhow::{Context, Result, ensure};
+use burn::tensor::Device;
 use clap::{Args, builder::RangedU64ValueParser};
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use ternoss::{
-    backends::cpu::Isa,
+    backends::{TernaryBackend, cpu::Isa},
     model::{GptOssConfig, generate::PREFILL_CHUNK},
 };
 
@@ -62,10 +63,14 @@ fn from(least: u64) -> RangedU64ValueParser<usize> {
 }
 
 pub(crate) fn run(args: BenchArgs) -> Result<()> {
+    on_backend!(args.model.backend(), measure(&args))
+}
+
+fn measure<B: TernaryBackend>(args: &BenchArgs, device: &Device<B>) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
-    let plan = Plan::new(&args, checkpoint.config())?;
+    let plan = Plan::new(args, checkpoint.config())?;
     drop(checkpoint);
-    let (model, times) = load(&args.model, &plan)?;
+    let (model, times) = load::<B>(&args.model, &plan, device)?;
     let progress = Progress::new("bench", plan.work(), Unit::Count("tokens"));
     let bench = Bench { model: &model, plan: &plan, progress: &progress };
     let visits = bench.warm_up()?;

@@ -2,12 +2,14 @@
 #![allow(unsafe_code)]
 
 mod lookup;
+mod product;
 mod screen;
 mod stored;
 mod t5;
 mod ternary;
 
 pub(super) use lookup::lookup_totals;
+pub(super) use product::add_product;
 pub(super) use screen::screen_totals;
 pub(super) use stored::stored_dots;
 pub(super) use t5::t5_to_t2;

@@ -1,0 +1,161 @@
+//! A packed ternary weight on the device.
+
+use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
+use cubecl::prelude::*;
+
+use super::buffer::{floats, integers, words_of_bytes};
+use crate::format::{CodeFormat, TernaryLayout, TernaryWeight};
+
+/// The arrays of a weight and their sizes.
+#[derive(CubeLaunch, CubeType)]
+pub(super) struct Packed {
+    codes: Array<u32>,
+    row_scales: Array<f32>,
+    /// Four to a word; the row scales' bits where there are none.
+    group_scales: Array<u32>,
+    pub(super) rows: u32,
+    /// Code words of a row.
+    pub(super) words: u32,
+    groups: u32,
+    group_size: u32,
+    #[cube(comptime)]
+    pub(super) shape: PackedShape,
+}
+
+/// What a kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct PackedShape {
+    pub(super) format: CodeFormat,
+    pub(super) planes: u32,
+    pub(super) grouped: bool,
+}
+
+impl PackedShape {
+    /// Groups of four codes in a word.
+    pub(super) const fn digits(self) -> u32 {
+        self.format.weights_per_word() as u32 / 4
+    }
+}
+
+/// The arrays of a weight, as a kernel's argument.
+pub(super) fn packed<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    weight: &TernaryWeight<CubeBackend<R, F, I, BT>>,
+) -> PackedLaunch<R> {
+    let TernaryLayout { format, planes, rows, group_size, .. } = weight.layout;
+    let row_scales: CubeTensor<R> = floats(weight.row_scales.clone());
+    let group_scales = match &weight.group_scales {
+        Some(scales) => words_of_bytes(integers(scales.clone())),
+        None => row_scales.clone(),
+    };
+    PackedLaunch::new(
+        integers(weight.codes.clone()).into_array_arg(),
+        row_scales.into_array_arg(),
+        group_scales.into_array_arg(),
+        rows as u32,
+        weight.layout.words_per_row() as u32,
+        weight.layout.groups() as u32,
+        group_size.unwrap_or(1) as u32,
+        PackedShape { format, planes: planes as u32, grouped: group_size.is_some() },
+    )
+}
+
+#[cube]
+impl Packed {
+    /// Which of all rows this is.
+    pub(super) fn row(&self, matrix: u32, plane: u32, row: u32) -> u32 {
+        let planes = comptime!(self.shape.planes);
+        (matrix * planes + plane) * self.rows + row
+    }
+
+    pub(super) fn row_scale(&self, row: u32) -> f32 {
+        self.row_scales[row as usize]
+    }
+
+    /// A word of a row.
+    pub(super) fn word(&self, row: u32, word: u32) -> u32 {
+        self.codes[(row * self.words + word) as usize]
+    }
+
+    /// Where the activations of the codes of [`digit`] `digit` of a word lie, in words of four.
+    pub(super) fn place(&self, word: u32, #[comptime] digit: u32) -> u32 {
+        match comptime!(self.shape.format) {
+            CodeFormat::T2 => word / 4 * 16 + 4 * digit + word % 4,
+            CodeFormat::T5 => digit * self.words + word,
+        }
+    }
+
+    /// Four codes, a byte each, of the activations at `place`: the inverse of [`place`](Self::place).
+    pub(super) fn codes_at(&self, row: u32, place: u32) -> u32 {
+        match comptime!(self.shape.format) {
+            CodeFormat::T2 => {
+                let word = self.word(row, place / 16 * 4 + place % 4);
+                (word >> (place % 16 / 4 * 2)) & 0x0303_0303u32
+            }
+            CodeFormat::T5 => {
+                let digit = place / self.words;
+                let mut power = u32::new(81);
+                let mut n = u32::new(0);
+                while n < digit {
+                    power /= 3;
+                    n += 1;
+                }
+                let mut codes = u32::new(0x0101_0101u32 as i64);
+                if digit < 5 {
+                    let word = self.word(row, place % self.words);
+                    codes = digits_of(word, power);
+                }
+                codes
+            }
+        }
+    }
+
+    /// The group scale of the activations at `place`, 1 without groups.
+    pub(super) fn group_scale(&self, row: u32, place: u32) -> i32 {
+        if comptime!(self.shape.grouped) {
+            let at = row * self.groups + min(place * 4 / self.group_size, self.groups - 1);
+            i32::cast_from((self.group_scales[(at / 4) as usize] >> (at % 4 * 8)) & 255)
+        } else {
+            i32::new(1)
+        }
+    }
+}
+
+/// Four codes, a byte each, of a word.
+#[cube]
+pub(super) fn digit(word: u32, #[comptime] digit: u32, #[comptime] format: CodeFormat) -> u32 {
+    match comptime!(format) {
+        CodeFormat::T2 => (word >> (2 * digit)) & 0x0303_0303u32,
+        CodeFormat::T5 => {
+            let power = comptime!(3u32.pow(4u32.saturating_sub(digit)));
+            digits_of(word, power.runtime())
+        }
+    }
+}
+
+/// The base-3 digit of this power of each byte.
+#[cube]
+fn digits_of(word: u32, power: u32) -> u32 {
+    let mut codes = u32::new(0);
+    #[unroll]
+    for byte in 0..4u32 {
+        codes |= ((word >> (8 * byte)) & 255) / power % 3 << (8 * byte);
+    }
+    codes
+}
+
+/// The product of four trits, as codes, with four int8.
+#[cube]
+pub(super) fn dot(codes: u32, levels: u32) -> i32 {
+    let mut sum = i32::new(0);
+    #[unroll]
+    for byte in 0..4u32 {
+        sum += (i32::cast_from((codes >> (8 * byte)) & 3) - 1) * level(levels, byte);
+    }
+    sum
+}
+
+/// One of four int8.
+#[cube]
+pub(super) fn level(levels: u32, #[comptime] byte: u32) -> i32 {
+    i32::cast_from(levels << (24 - 8 * byte)) >> 24
+}

@@ -1,0 +1,209 @@
+//! The GPU kernels against the definitions and against Burn's operations. Skipped, with a word, where no Vulkan driver is.
+
+use std::panic;
+
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use burn_flex::Flex;
+use proptest::prelude::*;
+use ternoss_backends::{
+    BiasedWeight, CodeFormat, StoredFloat, StoredMatrix, TernaryBackend, cube::Wgpu, rms_norm, route, stored_linear,
+    stored_linear_at, stored_rows, ternary_linear, ternary_linears, ternary_rows,
+};
+
+use crate::{
+    cache,
+    experts::{Batch, EXPERTS, Layer, ONE_LEVEL},
+    support::{Noise, Weights, any_layout, assert_close, assert_same, matrix, values},
+};
+
+/// Whether there is a device, asked once: without one the runtime panics.
+fn device() -> bool {
+    static DEVICE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *DEVICE.get_or_init(|| {
+        let found = panic::catch_unwind(|| Tensor::<Wgpu, 1>::zeros([1], &Default::default()).into_data());
+        if found.is_err() {
+            eprintln!("no device for wgpu: skipped");
+        }
+        found.is_ok()
+    })
+}
+
+fn naive(weights: &Weights, matrix: usize, x: &[f32]) -> Vec<f32> {
+    x.chunks(weights.layout.in_features).flat_map(|x| weights.multiply(matrix, x)).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn ternary_products_are_the_definition(layout in any_layout(), tokens in prop_oneof![1..=5usize, 12..=70usize], seed: u64) {
+        if !device() {
+            return Ok(());
+        }
+        let weights = Weights::new(layout, seed);
+        let x = Noise::new(seed ^ 1).floats(tokens * layout.in_features);
+        for number in 0..layout.matrices {
+            let y = values(ternary_linear(matrix::<Wgpu>(&x, [tokens, layout.in_features]), &weights.tensor(), number));
+            assert_close(&y, &naive(&weights, number, &x), 1e-5, &format!("{layout:?}"));
+        }
+    }
+
+    #[test]
+    fn linears_that_share_an_input_give_what_flex_gives(layout in any_layout(), tokens in 1..20usize, seed: u64) {
+        if !device() {
+            return Ok(());
+        }
+        let weights = [Weights::new(layout, seed), Weights::new(layout, seed ^ 1)];
+        let mut noise = Noise::new(seed);
+        let (x, bias) = (noise.floats(tokens * layout.in_features), noise.floats(layout.rows));
+        let [found, expected] = [shared::<Wgpu>, shared::<Flex>].map(|run| run(&weights, &x, &bias));
+        assert_close(&found, &expected, 1e-5, &format!("{layout:?}"));
+    }
+
+    #[test]
+    fn ternary_rows_are_those_of_flex(layout in any_layout(), seed: u64) {
+        if !device() {
+            return Ok(());
+        }
+        let weights = Weights::new(layout, seed);
+        let chosen = [layout.rows as i64 - 1, 0, layout.rows as i64, -1];
+        let found = values(ternary_rows(&weights.tensor::<Wgpu>(), layout.matrices - 1, ids(&chosen)));
+        let expected = values(ternary_rows(&weights.tensor::<Flex>(), layout.matrices - 1, ids(&chosen)));
+        assert_close(&found, &expected, 1e-6, &format!("{layout:?}"));
+    }
+
+    #[test]
+    fn norms_and_routes_are_those_of_flex(
+        tokens in 1..9usize, width in 1..300usize, experts in prop_oneof![1..40usize, Just(128), Just(300)], k in 1..5usize, seed: u64,
+    ) {
+        if !device() {
+            return Ok(());
+        }
+        let mut noise = Noise::new(seed);
+        let (x, gamma) = (noise.floats(tokens * width), noise.floats(width));
+        let (weight, bias) = (noise.floats(width * experts), noise.floats(experts));
+        let [found, expected] = [norm::<Wgpu>, norm::<Flex>].map(|run| run(&x, &gamma));
+        assert_close(&found, &expected, 1e-5, "norm");
+        let [found, expected] = [routes::<Wgpu>, routes::<Flex>].map(|run| run(&x, &weight, &bias, k.min(experts)));
+        prop_assert_eq!(found.0, expected.0);
+        assert_close(&found.1, &expected.1, 1e-4, "weights");
+    }
+
+    #[test]
+    fn attention_over_a_cache_is_that_of_flex(case in cache::any_case(), step in 1..=80usize, keep in 0..70usize) {
+        if !device() {
+            return Ok(());
+        }
+        let expected = case.run::<Flex>(case.sizes[2], case.cache(), false);
+        assert_close(&case.run::<Wgpu>(step, case.cache(), false), &expected, 1e-5, "in steps");
+        // Entries that are taken back leave no trace, and a clone goes its own way.
+        let tokens = case.sizes[2];
+        let keep = keep.min(tokens - 1);
+        let mut first = case.cache::<Wgpu>().with_spare(tokens - keep);
+        let all = case.step(0..tokens, &mut first, false);
+        let mut clone = first.clone();
+        first.truncate(keep);
+        let again = case.step(keep..tokens, &mut first, false);
+        clone.truncate(keep);
+        let cloned = case.step(keep..tokens, &mut clone, false);
+        let width = all.len() / tokens;
+        assert_close(&again, &all[keep * width..], 1e-5, "again");
+        assert_close(&cloned, &all[keep * width..], 1e-5, "the clone");
+    }
+}
+
+fn ids<B: Backend>(ids: &[i64]) -> Tensor<B, 1, Int> {
+    Tensor::from_data(TensorData::new(ids.to_vec(), [ids.len()]), &Default::default())
+}
+
+fn vector<B: Backend>(values: &[f32]) -> Tensor<B, 1> {
+    matrix::<B>(values, [1, values.len()]).reshape([values.len()])
+}
+
+fn shared<B: TernaryBackend>(weights: &[Weights; 2], x: &[f32], bias: &[f32]) -> Vec<f32> {
+    let width = weights[0].layout.in_features;
+    let linears =
+        weights.each_ref().map(|weights| BiasedWeight { weight: weights.tensor::<B>(), bias: Some(vector(bias)) });
+    ternary_linears(matrix::<B>(x, [x.len() / width, width]), &linears).into_iter().flat_map(values).collect()
+}
+
+fn norm<B: TernaryBackend>(x: &[f32], gamma: &[f32]) -> Vec<f32> {
+    values(rms_norm(matrix::<B>(x, [x.len() / gamma.len(), gamma.len()]), vector(gamma), 1e-5))
+}
+
+fn routes<B: TernaryBackend>(x: &[f32], weight: &[f32], bias: &[f32], k: usize) -> (Vec<i64>, Vec<f32>) {
+    let (experts, width) = (bias.len(), weight.len() / bias.len());
+    let x = matrix::<B>(x, [x.len() / width, width]);
+    let (chosen, weights) = route(x, matrix(weight, [width, experts]), vector(bias), k);
+    (chosen.into_data().iter::<i64>().collect(), values(weights))
+}
+
+#[test]
+fn experts_are_the_naive_loop_one_by_one_and_in_tiles() {
+    if !device() {
+        return;
+    }
+    for (format, planes, group_size) in
+        [(CodeFormat::T2, 1, None), (CodeFormat::T2, 2, Some(64)), (CodeFormat::T5, 1, Some(128))]
+    {
+        let layer = Layer::new(format, planes, group_size);
+        for tokens in [1, 2, 17, 100] {
+            let batch = Batch::new(tokens, 3);
+            assert_close(&batch.run(&layer.tensors::<Wgpu>(), false), &layer.naive(&batch), ONE_LEVEL, "naive");
+        }
+    }
+}
+
+#[test]
+fn tokens_and_choices_that_are_no_numbers_spoil_only_their_own_rows() {
+    if !device() {
+        return;
+    }
+    let layer = Layer::new(CodeFormat::T2, 1, None);
+    for tokens in [3, 100] {
+        let mut batch = Batch::new(tokens, 2);
+        let hidden = batch.x.len() / tokens;
+        batch.x[0] = f32::NAN;
+        batch.x[hidden] = f32::INFINITY;
+        batch.chosen[2 * 2] = EXPERTS as i64;
+        let y = batch.run(&layer.tensors::<Wgpu>(), false);
+        assert!(y[..3 * hidden].iter().all(|y| y.is_nan()), "{tokens}");
+        assert!(y[3 * hidden..].iter().all(|y| y.is_finite()), "{tokens}");
+    }
+    assert!(
+        routes::<Wgpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, f32::NAN, 2.0], 2).1.iter().all(|weight| weight.is_nan())
+    );
+    assert_eq!(routes::<Wgpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, 2.0, 2.0], 2), (vec![1, 2], vec![0.5, 0.5]));
+}
+
+#[test]
+fn stored_matrices_are_those_of_flex() {
+    if !device() {
+        return;
+    }
+    fn run<B: TernaryBackend>(words: &[u32], float: StoredFloat, x: &[f32]) -> [Vec<f32>; 3] {
+        let data = TensorData::new(words.to_vec(), [37, words.len() / 37]);
+        let matrix =
+            StoredMatrix::<B>::new(Tensor::from_data(data, (&Default::default(), DType::U32)), 90, float).unwrap();
+        let x = crate::support::matrix::<B>(x, [x.len() / 90, 90]);
+        let chosen = || ids::<B>(&[3, 36, 0, 37, -1]);
+        [
+            values(stored_linear(x.clone(), &matrix)),
+            values(stored_linear_at(x, &matrix, chosen())),
+            values(stored_rows(&matrix, chosen())),
+        ]
+    }
+    for float in StoredFloat::ALL {
+        let mut numbers = Noise::new(1).floats(37 * 90);
+        numbers[3 * 90..3 * 90 + 4].copy_from_slice(&[1e-6, 65504.0, -3e-5, 0.0]);
+        let mut words = vec![0; 37 * float.words_per_row(90).unwrap()];
+        float.encode(&numbers, &mut words);
+        for tokens in [1, 5, 40] {
+            let x = Noise::new(2).floats(tokens * 90);
+            let [found, expected] = [run::<Wgpu>, run::<Flex>].map(|run| run(&words, float, &x));
+            assert_close(&found[0], &expected[0], 1e-5, "all rows");
+            assert_close(&found[1], &expected[1], 1e-5, "some rows");
+            assert_same(&found[2], &expected[2], "the rows themselves");
+        }
+    }
+}
