@@ -3,6 +3,19 @@
 //! A tensor made from [`MappedFile::tensor_data`] is read from the page cache when a kernel first touches it, and shares
 //! its pages with every other process that maps the same file. Nothing is copied until a built-in Burn operation works
 //! on it, so give such tensors to the operations of this crate only.
+//!
+//! ```
+//! use burn::tensor::DType;
+//! use ternoss_backends::MappedFile;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let path = std::env::temp_dir().join(format!("ternoss-mapped-{}", std::process::id()));
+//! std::fs::write(&path, [1, 0, 0, 0, 2, 0, 0, 0])?;
+//! let words = MappedFile::open(&path)?.tensor_data(0..8, vec![2], DType::U32)?;
+//! assert_eq!(words.to_vec::<u32>()?, [1, 2]);
+//! # std::fs::remove_file(path)?;
+//! # Ok(()) }
+//! ```
 #![allow(unsafe_code)]
 
 use std::{fs::File, io, ops::Range, path::Path, sync::Arc};

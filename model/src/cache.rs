@@ -1,4 +1,17 @@
 //! The key-value cache: passed to `forward`, never a field of a module.
+//!
+//! ```
+//! use ternoss_model::{Checkpoint, GptOss, LoadOptions};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let model = GptOss::<B>::load(&checkpoint, LoadOptions::default(), &Default::default())?;
+//! let mut cache = model.new_cache();
+//! model.forward(model.tokens(&[1, 2, 3])?, &mut cache);
+//! assert_eq!(cache.position(), 3);
+//! # Ok(()) }
+//! ```
 
 use std::ops::Range;
 

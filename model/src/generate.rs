@@ -1,4 +1,18 @@
 //! Writing text: prompt in, tokens out, one by one.
+//!
+//! ```
+//! use ternoss_model::{Checkpoint, GptOss, LoadOptions, StopRules, sampling::{Sampler, SamplingConfig}};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let model = GptOss::<B>::load(&checkpoint, LoadOptions::default(), &Default::default())?;
+//! let (mut cache, mut greedy) = (model.new_cache(), Sampler::new(SamplingConfig::greedy())?);
+//! let rules = StopRules { max_tokens: 4, stop_tokens: vec![] };
+//! let tokens = model.generate(&[1, 2, 3], &mut cache, &mut greedy, &rules, |_| std::ops::ControlFlow::Continue(()))?;
+//! assert_eq!(tokens.len(), 4);
+//! # Ok(()) }
+//! ```
 
 use std::ops::ControlFlow;
 

@@ -1,4 +1,17 @@
 //! The whole model.
+//!
+//! ```
+//! use ternoss_model::{Checkpoint, GptOss, LoadOptions};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let model = GptOss::<B>::load(&checkpoint, LoadOptions::default(), &Default::default())?;
+//! let ternary = model.to_ternary(&Default::default())?;
+//! let logits = ternary.forward(ternary.tokens(&[1, 2, 3])?, &mut ternary.new_cache());
+//! assert_eq!(logits.dims(), [3, ternary.config().vocab_size]);
+//! # Ok(()) }
+//! ```
 
 use burn::{
     module::Module,

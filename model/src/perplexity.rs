@@ -1,4 +1,17 @@
 //! Perplexity of a text.
+//!
+//! ```
+//! use ternoss_model::{Checkpoint, GptOss, LoadOptions};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let model = GptOss::<B>::load(&checkpoint, LoadOptions::default(), &Default::default())?;
+//! let tokens: Vec<u32> = (0..64).collect();
+//! let found = model.perplexity(&tokens, 32, |_| ())?;
+//! assert_eq!((found.windows, found.tokens), (2, 62));
+//! # Ok(()) }
+//! ```
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use ternoss_backends::TernaryBackend;

@@ -2,6 +2,14 @@
 //!
 //! Source: `_compute_yarn_parameters` and `apply_rotary_pos_emb` of Hugging Face transformers' gpt-oss; the paper is
 //! arXiv 2309.00071. Angles are float32 as there, so far positions agree to float32's resolution of the angle.
+//!
+//! ```
+//! use ternoss_model::{config::RopeConfig, rope::RotaryEmbedding};
+//!
+//! // Without YaRN: one radian a position for the first pair, `theta^(-2i / head_dim)` for the pair `i`.
+//! let rope = RotaryEmbedding::new(&RopeConfig { theta: 10_000.0, yarn: None }, 4);
+//! assert_eq!(rope.inv_freq(), [1.0, 0.01]);
+//! ```
 
 use std::f64::consts::PI;
 use std::ops::Range;

@@ -1,4 +1,14 @@
 //! The router: which experts a token goes to, and with what weight.
+//!
+//! ```
+//! use burn::{nn::LinearConfig, tensor::Tensor};
+//! use ternoss_model::router::Router;
+//! type B = burn_flex::Flex;
+//!
+//! let device = Default::default();
+//! let router = Router::<B> { linear: LinearConfig::new(64, 8).init(&device), experts_per_token: 2 };
+//! assert_eq!(router.logits(Tensor::ones([3, 64], &device)).dims(), [3, 8]);
+//! ```
 
 use burn::{
     module::{Module, Param},

@@ -7,6 +7,15 @@
 //! [`Sampler::sample`] takes all logits, [`Sampler::sample_screened`] computes those that can matter, and chooses the same
 //! token: greedy, with top-k, with min-p, and with top-p where few tokens hold most of the probability. Sampling from the
 //! whole vocabulary needs every logit.
+//!
+//! ```
+//! use ternoss_model::sampling::{Sampler, SamplingConfig};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut sampler = Sampler::new(SamplingConfig { top_k: Some(2), seed: 1, ..Default::default() })?;
+//! assert!([1, 2].contains(&sampler.sample(&[0.0, 3.0, 2.5, 1.0], &[])?));
+//! # Ok(()) }
+//! ```
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,14 @@
 //! Text to tokens and back, by the model's own `tokenizer.json`.
+//!
+//! ```
+//! use ternoss_model::tokenizer::Tokenizer;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let tokenizer = Tokenizer::from_folder("../examples/tiny-gpt-oss".as_ref())?;
+//! let tokens = tokenizer.encode("She was quite surprised", false)?;
+//! assert_eq!(tokenizer.decode(&tokens, true)?, "She was quite surprised");
+//! # Ok(()) }
+//! ```
 
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,19 @@
 //!
 //! Decoding is bound by memory: tokens a second are at most the machine's read bandwidth over these bytes. They are those
 //! of the algorithm, each counted once: temporaries, and what a backend copies, come on top.
+//!
+//! ```
+//! use ternoss_model::{Checkpoint, GptOss, LoadOptions};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let model = GptOss::<B>::load(&checkpoint, LoadOptions::default(), &Default::default())?;
+//! // Two of eight experts, and each of them a twelfth as large.
+//! let ternary = model.to_ternary(&Default::default())?;
+//! assert!(ternary.decode_traffic(16).experts < model.decode_traffic(16).experts / 12);
+//! # Ok(()) }
+//! ```
 
 use std::{iter::Sum, ops::Add};
 

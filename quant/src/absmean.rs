@@ -1,4 +1,15 @@
 //! Absmean ternary quantization of weights (BitNet b1.58, arXiv 2402.17764, section 2; the rounding step of PT-BitNet).
+//!
+//! ```
+//! use burn::tensor::Tensor;
+//! use ternoss_quant::{Granularity, absmean};
+//! type B = burn_flex::Flex;
+//!
+//! // The mean magnitude is 1: what is below half of it becomes 0.
+//! let weight = Tensor::<B, 2>::from_floats([[2.0, -1.6, 0.3, 0.1]], &Default::default());
+//! let trits: Vec<f32> = absmean(weight, Granularity::Row).trits.into_data().iter().collect();
+//! assert_eq!(trits, [1.0, -1.0, 0.0, 0.0]);
+//! ```
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use serde::{Deserialize, Serialize};

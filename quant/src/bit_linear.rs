@@ -1,4 +1,14 @@
 //! BitLinear: a linear layer with ternary weights and 8-bit activations.
+//!
+//! ```
+//! use burn::tensor::Tensor;
+//! use ternoss_quant::{BitLinear, BitLinearConfig};
+//! type B = burn_flex::Flex;
+//!
+//! let device = Default::default();
+//! let packed: BitLinear<B> = BitLinearConfig::new(128, 32).init(&device).pack().unwrap();
+//! assert_eq!(packed.forward(Tensor::<B, 3>::ones([2, 5, 128], &device)).dims(), [2, 5, 32]);
+//! ```
 
 use burn::{
     config::Config,
@@ -92,6 +102,9 @@ impl BitLinearConfig {
 
 impl<B: Backend> BitLinear<B> {
     /// A latent layer with the weight and bias of a dense one.
+    ///
+    /// Make it on `Autodiff<B>` where it is to be trained: a `Param` that is made without gradients has none after
+    /// [`Module::train`] either.
     pub fn from_linear(linear: &nn::Linear<B>, config: &TernaryConfig) -> Self {
         // Detached last: a view of a parameter would be no leaf of the gradients' graph.
         let weight = linear.weight.val().transpose().detach();

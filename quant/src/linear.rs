@@ -1,4 +1,14 @@
 //! A linear layer that is dense or ternary.
+//!
+//! ```
+//! use burn::nn::LinearConfig;
+//! use ternoss_quant::{Linear, TernaryConfig};
+//! type B = burn_flex::Flex;
+//!
+//! let dense = Linear::<B>::Dense(LinearConfig::new(128, 32).init(&Default::default()));
+//! let ternary = dense.to_ternary(&TernaryConfig::default()).unwrap();
+//! assert!(ternary.is_packed() && ternary.shape() == dense.shape());
+//! ```
 
 use burn::{
     module::{Module, Param},

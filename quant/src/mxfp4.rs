@@ -1,6 +1,15 @@
 //! MXFP4, the format gpt-oss's experts are published in (OCP Microscaling Formats v1.0, section 5.3).
 //!
 //! A block is 32 weights: 16 bytes of 4-bit floats (E2M1, low nibble first) and one byte of scale, `2^(scale - 127)`.
+//!
+//! ```
+//! use ternoss_quant::mxfp4::{BLOCK, BLOCK_BYTES, decode};
+//!
+//! // The codes 2 and 9 in turn, which are 1 and -0.5, times two: the lower half of a byte comes first.
+//! let mut weights = [0.0; BLOCK];
+//! decode(&[0x92; BLOCK_BYTES], &[128], &mut weights).unwrap();
+//! assert_eq!(weights[..4], [2.0, -1.0, 2.0, -1.0]);
+//! ```
 
 /// Weights per block.
 pub const BLOCK: usize = 32;

@@ -1,4 +1,17 @@
 //! Packed ternary matrices: on the host for files, on a device as a Burn module.
+//!
+//! ```
+//! use burn::tensor::{Distribution, Tensor};
+//! use ternoss_backends::CodeFormat;
+//! use ternoss_quant::{Granularity, PackedTernary, TernaryTensor, absmean};
+//! type B = burn_flex::Flex;
+//!
+//! let device = Default::default();
+//! let weight = Tensor::<B, 2>::random([8, 128], Distribution::Default, &device);
+//! let packed = PackedTernary::pack(&[absmean(weight, Granularity::Row)], CodeFormat::T5, None).unwrap();
+//! let tensor = TernaryTensor::<B>::from_packed(packed.clone(), &device).unwrap();
+//! assert_eq!(tensor.to_packed(), packed);
+//! ```
 
 use burn::{
     module::{Module, Param, ParamId},

@@ -27,6 +27,21 @@
 //! | `folder` | what stands beside the weights |
 //! | `finite` | the check after each layer |
 //! | `report`, `summary`, `picture` | what was done: as JSON, as text, as an SVG ([`canvas`]) |
+//!
+//! ```
+//! use ternoss_calib::{Method, QuantizeOptions, quantize};
+//! use ternoss_model::Checkpoint;
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let output = std::env::temp_dir().join(format!("ternoss-quantized-{}", std::process::id()));
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let options = QuantizeOptions::new(Method::Absmean);
+//! let report = quantize::<B>(&checkpoint, &output, &options, None, &Default::default(), &|_| ())?;
+//! assert!(report.bits_per_weight < 2.5);
+//! # std::fs::remove_dir_all(output)?;
+//! # Ok(()) }
+//! ```
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 mod activations;

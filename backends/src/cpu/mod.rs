@@ -30,6 +30,13 @@
 //! AVX2, AVX-512 (on x86-64) and NEON with and without dot products (under qemu) are tested bit for bit. AVX-VNNI is untested
 //! as it stands: no machine at hand has it and qemu does not emulate it. It is compiled, and its source, which is AVX-512's
 //! with other vectors, was tested in AVX-512's encoding.
+//!
+//! ```
+//! use ternoss_backends::cpu::{Isa, Kernels};
+//!
+//! // The fastest that this processor has; every one gives the same bits.
+//! assert_eq!(Some(&Kernels::detect().isa()), Isa::available().last());
+//! ```
 
 pub mod attention;
 #[cfg(target_arch = "x86_64")]

@@ -33,6 +33,17 @@
 //! with an `f32` for each row and, only where the tensor has groups, a `u8` for each group of `group_size` inputs.
 //! So the dot product of a row with int8 activations is an exact integer, times one float. The activations may be rotated
 //! before they are rounded ([`Rotation`]); the weights are then those of the rotated input.
+//!
+//! ```
+//! use ternoss_backends::CodeFormat;
+//!
+//! let trits = [1, 0, -1, 0, 1];
+//! let mut words = vec![0; CodeFormat::T2.words_per_row(trits.len())];
+//! CodeFormat::T2.pack_row(&trits, &mut words);
+//! let mut found = [0; 5];
+//! CodeFormat::T2.unpack_row(&words, &mut found).unwrap();
+//! assert_eq!(found, trits);
+//! ```
 
 mod codes;
 mod error;

@@ -2,6 +2,17 @@
 //!
 //! Call the free functions: they take and return Burn tensors of any float type, check shapes and hand `F32` to the
 //! backend. Shapes that do not fit panic, as they do in Burn's own operations; nothing in the *values* of a tensor does.
+//!
+//! ```
+//! use burn::tensor::Tensor;
+//! use ternoss_backends::{Rotation, round_activations};
+//! type B = burn_flex::Flex;
+//!
+//! // As a kernel sees them: 127 levels a side, scaled to the token's largest magnitude.
+//! let x = Tensor::<B, 2>::from_floats([[127.0, -63.4, 0.2]], &Default::default());
+//! let rounded: Vec<f32> = round_activations(x, None::<Rotation>).into_data().iter().collect();
+//! assert_eq!(rounded, [127.0, -63.0, 0.0]);
+//! ```
 
 mod attention;
 #[cfg_attr(

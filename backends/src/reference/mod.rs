@@ -1,5 +1,17 @@
 //! Each operation with Burn's own tensor operations: what a backend without kernels runs, and what kernels are tested
 //! against. Differentiable wherever the operation is.
+//!
+//! ```
+//! use burn::tensor::Tensor;
+//! use ternoss_backends::{reference, rms_norm};
+//! type B = burn_flex::Flex;
+//!
+//! let device = Default::default();
+//! let x = Tensor::<B, 2>::from_floats([[3.0, -4.0]], &device);
+//! let gamma = Tensor::<B, 1>::ones([2], &device);
+//! let difference = rms_norm(x.clone(), gamma.clone(), 0.0) - reference::rms_norm(x, gamma, 0.0);
+//! assert!(difference.abs().max().into_scalar() < 1e-6);
+//! ```
 
 mod attention;
 mod experts;

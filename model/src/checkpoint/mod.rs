@@ -2,6 +2,16 @@
 //!
 //! A model folder holds `config.json` and safetensors files, one or sharded with an index. Both the checkpoints of
 //! Hugging Face and ternary models are such folders; a tensor's name is its path in [`GptOss`](crate::GptOss).
+//!
+//! ```
+//! use ternoss_model::Checkpoint;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let norm = checkpoint.entry("model.norm.weight").ok_or("no last norm")?;
+//! assert_eq!(norm.shape, [checkpoint.config().hidden_size]);
+//! # Ok(()) }
+//! ```
 
 mod error;
 mod load;

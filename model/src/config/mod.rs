@@ -1,4 +1,13 @@
 //! `config.json`: the one place that parses it.
+//!
+//! ```
+//! use ternoss_model::GptOssConfig;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let config = GptOssConfig::from_file("../examples/tiny-gpt-oss/config.json".as_ref())?;
+//! assert_eq!((config.num_hidden_layers(), config.num_local_experts), (4, 8));
+//! # Ok(()) }
+//! ```
 
 mod parse;
 

@@ -9,6 +9,13 @@
 //! calls tools on `commentary` and answers on `final`. Source: OpenAI's guide "OpenAI harmony response format". Texts and
 //! tokens equal those that the crate openai-harmony 0.0.8 made of eleven conversations, and [`Message`] is read from its
 //! JSON form. Of the schemas of tools, titles, examples and `oneOf` are left out.
+//!
+//! ```
+//! use ternoss_model::harmony::{Analysis, Message, render};
+//!
+//! let prompt = render(&[Message::user("What is 2 + 2?")], Analysis::default());
+//! assert!(prompt.starts_with("<|start|>user<|message|>What is 2 + 2?<|end|>"));
+//! ```
 
 mod parse;
 mod render;
