@@ -152,6 +152,7 @@ pub fn cached_attention(
 ///
 /// The softmax is carried along from chunk to chunk, as in flash attention (Dao et al., arXiv 2205.14135): numerators are
 /// relative to the largest score so far, and what was summed before shrinks when a larger one comes. The first is the sink.
+/// Chunks start at the block of the first entry that is seen, so they are the query's own.
 fn attend(kernels: Kernels, cache: &HeadCaches, query: Query<'_>, spec: AttentionSpec, scores: &mut [f32]) {
     let (head, size) = (&cache.heads()[query.head], cache.head_dim());
     let position = query.position - cache.first();
@@ -188,7 +189,7 @@ fn key_scores(kernels: Kernels, head: &HeadCache, q: &[f32], size: usize, entrie
     let columns = entries.len().next_multiple_of(ENTRIES);
     let numbers = head.keys.numbers(entries.start * size..(entries.start + columns) * size);
     let keys = Panels { numbers, columns, stride: ENTRIES, panel: ENTRIES * size };
-    scores.fill(0.0);
+    scores.chunks_exact_mut(STRIDE).for_each(|scores| scores[..columns].fill(0.0));
     kernels.add_product(Rows { numbers: q, stride: size }, keys, size, Sums { numbers: scores, stride: STRIDE });
 }
 
