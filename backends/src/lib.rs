@@ -39,7 +39,7 @@ pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, Ternar
 pub use mapped::{MappedError, MappedFile};
 pub use ops::{
     AttentionSpec, BiasedWeight, ClampedSwiGlu, KvFormat, LayerCache, ScoreView, Screen, StoredFloat, StoredMatrix,
-    TernaryBackend, TernaryExperts, cached_attention, largest, rms_norm, round_activations, route, screen,
+    TernaryBackend, TernaryExperts, cached_attention, largest, norm_linears, rms_norm, round_activations, route, screen,
     screen_bounds, sink_attention, stored_linear, stored_linear_at, stored_rows, ternary_experts, ternary_linear,
     ternary_linears, ternary_rows, time_in_operations,
 };

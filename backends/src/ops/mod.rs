@@ -63,6 +63,17 @@ pub trait TernaryBackend: Backend {
         reference::ternary_linears(x, linears)
     }
 
+    /// See [`norm_linears`].
+    #[must_use]
+    fn norm_linears(
+        x: Tensor<Self, 2>,
+        gamma: Tensor<Self, 1>,
+        epsilon: f64,
+        linears: &[BiasedWeight<Self>],
+    ) -> Vec<Tensor<Self, 2>> {
+        Self::ternary_linears(Self::rms_norm(x, gamma, epsilon), linears)
+    }
+
     /// See [`rms_norm`].
     #[must_use]
     fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
@@ -256,13 +267,39 @@ pub struct BiasedWeight<B: Backend> {
 /// If the last dimension of `x` is not `in_features` of each, or a bias does not have `rows` numbers.
 #[must_use]
 pub fn ternary_linears<B: TernaryBackend>(x: Tensor<B, 2>, linears: &[BiasedWeight<B>]) -> Vec<Tensor<B, 2>> {
+    check_linears(&x, linears);
+    let dtype = x.dtype();
+    timed(|| B::ternary_linears(single(x), linears)).into_iter().map(|y| restore(y, dtype)).collect()
+}
+
+/// [`ternary_linears`] of the [norm](rms_norm) of `x`, with the same bits: norm, rotation and rounding are one pass over
+/// each token.
+///
+/// # Panics
+/// If the last dimension of `x` is not `in_features` of each, or a bias does not have `rows` numbers, or `gamma` not as
+/// many as a token.
+#[must_use]
+pub fn norm_linears<B: TernaryBackend>(
+    x: Tensor<B, 2>,
+    gamma: Tensor<B, 1>,
+    epsilon: f64,
+    linears: &[BiasedWeight<B>],
+) -> Vec<Tensor<B, 2>> {
+    assert_eq!(x.dims()[1..], gamma.dims(), "width of x and of the norm");
+    check_linears(&x, linears);
+    let dtype = x.dtype();
+    let products = timed(|| B::norm_linears(single(x), single(gamma), epsilon, linears));
+    products.into_iter().map(|y| restore(y, dtype)).collect()
+}
+
+/// # Panics
+/// If the tokens do not fit a matrix, or a bias does not.
+fn check_linears<B: Backend>(x: &Tensor<B, 2>, linears: &[BiasedWeight<B>]) {
     for BiasedWeight { weight, bias } in linears {
         let layout = weight.layout;
         assert!(x.dims()[1] == layout.in_features, "x of shape {:?} times weights of {layout:?}", x.dims());
         assert!(bias.as_ref().is_none_or(|bias| bias.dims() == [layout.rows]), "a bias for {layout:?}");
     }
-    let dtype = x.dtype();
-    timed(|| B::ternary_linears(single(x), linears)).into_iter().map(|y| restore(y, dtype)).collect()
 }
 
 /// Root mean square norm of tokens `x [tokens, hidden]`: `x / sqrt(mean(x^2) + epsilon) * gamma` (Zhang and Sennrich,
