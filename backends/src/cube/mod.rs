@@ -47,6 +47,16 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         linears_of(floats(x), || Before::Nothing, linears)
     }
 
+    fn norm_linears(
+        x: Tensor<Self, 2>,
+        gamma: Tensor<Self, 1>,
+        epsilon: f64,
+        linears: &[BiasedWeight<Self>],
+    ) -> Vec<Tensor<Self, 2>> {
+        let gamma = floats(gamma);
+        linears_of(floats(x), || Before::Norm(gamma.clone(), epsilon as f32), linears)
+    }
+
     fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
         tensor(routing::rms_norm(floats(x), floats(gamma), epsilon as f32))
     }
