@@ -72,6 +72,35 @@ fn quantizing_works_on_the_other_processor_backend() {
 }
 
 #[test]
+fn a_gpu_calibrates_and_measures_as_the_processor_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (model, text) = (example("tiny-gpt-oss"), example("text/prose_test.txt"));
+    let perplexity = |model: &str, backend: &str| {
+        let text = ["--text", text.to_str().unwrap(), "--context", "128", "--max-tokens", "2048", "--json"];
+        json(&[&["perplexity", "--model", model, "--backend", backend], &text[..]].concat())["perplexity"]
+            .as_f64()
+            .unwrap()
+    };
+    for gpu in ["wgpu", "cuda"] {
+        if listed(gpu)["devices"].as_array().unwrap().is_empty() {
+            continue;
+        }
+        for backend in ["flex", gpu] {
+            let options = ["--calibration-tokens", "4096", "--calibration-context", "128", "--backend", backend];
+            let gradients = ["--reconstruction", "2", "--distill", "2", "--output", &path(backend)];
+            let quantize = ["quantize", "--model", model.to_str().unwrap()];
+            ternoss_ok(&[&quantize[..], &options, &gradients].concat());
+        }
+        let expected = perplexity(&path("flex"), "flex");
+        let close =
+            |found: f64, share: f64| assert!((found / expected - 1.0).abs() < share, "{gpu}: {found} {expected}");
+        close(perplexity(&path("flex"), gpu), 0.005);
+        close(perplexity(&path(gpu), "flex"), 0.01);
+    }
+}
+
+#[test]
 fn a_backend_that_is_missing_is_one_line_and_a_hint() {
     let model = fixture("tiny-bf16");
     for backend in ["wgpu", "cuda"] {

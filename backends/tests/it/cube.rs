@@ -1,10 +1,14 @@
 //! The GPU kernels against the definitions and against Burn's operations. Skipped, with a word, where no Vulkan driver is.
 
-use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{
+    DType, Int, Tensor, TensorData,
+    backend::{AutodiffBackend, Backend},
+};
+use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use proptest::prelude::*;
 use ternoss_backends::{
-    BiasedWeight, CodeFormat, StoredFloat, StoredMatrix, TernaryBackend,
+    BiasedWeight, CodeFormat, Rotation, StoredFloat, StoredMatrix, TernaryBackend, TernaryLayout,
     cube::{Wgpu, devices::wgpu_devices},
     largest, norm_linears, rms_norm, route, stored_linear, stored_linear_at, stored_rows, ternary_linear,
     ternary_linears, ternary_rows,
@@ -13,14 +17,15 @@ use ternoss_backends::{
 use crate::{
     cache,
     experts::{Batch, EXPERTS, Layer, ONE_LEVEL},
-    support::{Noise, Weights, any_layout, assert_close, assert_same, matrix, values},
+    support::{Noise, Weights, any_layout, assert_close, assert_same, layout, matrix, values},
 };
 
-/// Whether there is a device.
+/// Whether there is a device; says so where there is none, which is an error with `TERNOSS_GPU` in the environment.
 fn device() -> bool {
     match wgpu_devices() {
         Ok(_) => true,
         Err(error) => {
+            assert!(std::env::var_os("TERNOSS_GPU").is_none(), "a GPU is required: {error}");
             eprintln!("skipped: {error}");
             false
         }
@@ -211,6 +216,44 @@ fn tokens_and_choices_that_are_no_numbers_spoil_only_their_own_rows() {
         routes::<Wgpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, f32::NAN, 2.0], 2).1.iter().all(|weight| weight.is_nan())
     );
     assert_eq!(routes::<Wgpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, 2.0, 2.0], 2), (vec![1, 2], vec![0.5, 0.5]));
+}
+
+/// Value and gradients of a product and of a stored one after it.
+fn gradients<B: AutodiffBackend + TernaryBackend>(weights: &Weights, words: &[u32], x: &[f32]) -> [Vec<f32>; 3] {
+    let TernaryLayout { rows, in_features, .. } = weights.layout;
+    let mut weight = weights.tensor::<B>();
+    weight.row_scales = weight.row_scales.require_grad();
+    let x = matrix::<B>(x, [x.len() / in_features, in_features]).require_grad();
+    let words = TensorData::new(words.to_vec(), [words.len() / rows, rows]);
+    let words = Tensor::from_data(words, (&Default::default(), DType::U32));
+    let stored = StoredMatrix::new(words, rows, StoredFloat::F32).unwrap();
+    let y = stored_linear(ternary_linear(x.clone(), &weight, 1), &stored);
+    let gradients = y.clone().square().sum().backward();
+    [values(y), values(x.grad(&gradients).unwrap()), values(weight.row_scales.grad(&gradients).unwrap())]
+}
+
+#[test]
+fn gradients_are_those_of_flex() {
+    if !device() {
+        return;
+    }
+    for group_size in [None, Some(64)] {
+        let layout = TernaryLayout {
+            matrices: 2,
+            planes: 2,
+            group_size,
+            rotation: Some(Rotation { seed: 3 }),
+            ..layout(CodeFormat::T2, 6, 160)
+        };
+        let weights = Weights::new(layout, 1);
+        let words: Vec<u32> = Noise::new(2).floats(6 * 10).into_iter().map(f32::to_bits).collect();
+        let x = Noise::new(3).floats(5 * 160);
+        let found = gradients::<Autodiff<Wgpu>>(&weights, &words, &x);
+        let expected = gradients::<Autodiff<Flex>>(&weights, &words, &x);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_close(found, expected, 1e-4, "gradients");
+        }
+    }
 }
 
 #[test]
