@@ -207,10 +207,19 @@ fn automatic() -> Chosen {
         return chosen;
     }
     #[cfg(feature = "wgpu")]
-    if let Ok(chosen @ Chosen::Wgpu(Gpu { software: false, .. })) = wgpu() {
+    if may_have_gpu()
+        && let Ok(chosen @ Chosen::Wgpu(Gpu { software: false, .. })) = wgpu()
+    {
         return chosen;
     }
     Chosen::Flex
+}
+
+/// Whether it is worth asking drivers, which takes them a while, and some of them complain on stderr that there is no display.
+#[cfg(feature = "wgpu")]
+fn may_have_gpu() -> bool {
+    let nodes = ["/dev/dri", "/dev/nvidiactl", "/dev/dxg"];
+    cfg!(not(target_os = "linux")) || nodes.iter().any(|node| std::path::Path::new(node).exists())
 }
 
 #[cfg(feature = "wgpu")]
