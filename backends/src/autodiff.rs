@@ -12,7 +12,7 @@ use burn_autodiff::{
 };
 
 use crate::{
-    format::{Rotation, TernaryLayout, TernaryWeight},
+    format::{Rotation, TernaryLayout, TernaryWeight, part_of_bytes},
     ops::{ScoreView, StoredMatrix, TernaryBackend},
     reference,
 };
@@ -154,11 +154,11 @@ fn row_scale_gradient<B: TernaryBackend>(
     let TernaryLayout { planes, rows, .. } = weight.layout;
     let per_plane = (0..planes).map(|plane| {
         // With row scales of 1 the forward pass gives total * s.
-        let part = [matrix..matrix + 1, plane..plane + 1];
+        let part = [matrix..matrix + 1, plane..plane + 1, 0..rows];
         let unit = TernaryWeight {
             codes: weight.codes.clone().slice(part.clone()),
             row_scales: Tensor::ones_like(&weight.row_scales.clone().slice(part.clone())),
-            group_scales: weight.group_scales.clone().map(|scales| scales.slice(part)),
+            group_scales: weight.group_scales.clone().map(|scales| part_of_bytes(scales, part)),
             layout: TernaryLayout { matrices: 1, planes: 1, ..weight.layout },
         };
         let totals = B::ternary_linear(x.clone(), &unit, 0);

@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 
 use super::{CodeFormat, FormatError, TernaryLayout};
@@ -120,7 +122,7 @@ impl<B: Backend> TernaryWeight<B> {
         Self {
             codes: self.codes.clone().slice(part.clone()),
             row_scales: self.row_scales.clone().slice(part.clone()),
-            group_scales: self.group_scales.clone().map(|scales| scales.slice(part)),
+            group_scales: self.group_scales.clone().map(|scales| part_of_bytes(scales, part)),
             layout: TernaryLayout { matrices: 1, rows: 1, ..self.layout },
         }
     }
@@ -158,8 +160,30 @@ impl<B: Backend> TernaryWeight<B> {
 
     fn plane_group_scales(&self, matrix: usize, plane: usize) -> Option<Vec<u8>> {
         let scales = self.group_scales.as_ref()?.clone();
-        Some(scales.slice([matrix..matrix + 1, plane..plane + 1]).into_data().iter::<u8>().collect())
+        let part = [matrix..matrix + 1, plane..plane + 1, 0..self.layout.rows];
+        Some(part_of_bytes(scales, part).into_data().iter::<u8>().collect())
     }
+}
+
+/// Some matrices, planes and rows of group scales. A device that cannot compute with bytes has them cut out on the host.
+pub(crate) fn part_of_bytes<B: Backend>(
+    scales: Tensor<B, 4, Int>,
+    part @ [matrices, planes, rows]: [Range<usize>; 3],
+) -> Tensor<B, 4, Int> {
+    let device = scales.device();
+    if B::supports_dtype(&device, DType::U8) {
+        return scales.slice(part);
+    }
+    let [_, all_planes, all_rows, groups] = scales.dims();
+    let shape = [matrices.len(), planes.len(), rows.len(), groups];
+    let bytes: Vec<u8> = scales.into_data().iter::<u8>().collect();
+    let planes = matrices.flat_map(|matrix| planes.clone().map(move |plane| matrix * all_planes + plane));
+    let rows = planes.flat_map(|plane| {
+        let at = |row: usize| (plane * all_rows + row) * groups;
+        &bytes[at(rows.start)..at(rows.end)]
+    });
+    let part: Vec<u8> = rows.copied().collect();
+    Tensor::from_data(TensorData::new(part, shape), (&device, DType::U8))
 }
 
 pub(crate) fn check_shape(tensor: &'static str, found: &[usize], expected: &[usize]) -> Result<(), FormatError> {
