@@ -12,7 +12,10 @@ use ternoss::backends::cube::devices::cuda_devices;
 #[cfg(feature = "wgpu")]
 use ternoss::backends::cube::devices::wgpu_devices;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
-use ternoss::backends::cube::devices::{DeviceError, Gpu};
+use ternoss::backends::cube::{
+    devices::{DeviceError, Gpu},
+    share_one_queue,
+};
 
 /// What `--backend` takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -225,6 +228,7 @@ fn may_have_gpu() -> bool {
 #[cfg(feature = "wgpu")]
 fn wgpu() -> Result<Chosen, Reason> {
     let found = wgpu_devices()?;
+    share_one_queue();
     found.into_iter().next().map(Chosen::Wgpu).ok_or(Reason::Device(DeviceError::NoDevice { api: "wgpu" }))
 }
 
@@ -236,6 +240,7 @@ fn wgpu() -> Result<Chosen, Reason> {
 #[cfg(feature = "cuda")]
 fn cuda() -> Result<Chosen, Reason> {
     let found = cuda_devices()?;
+    share_one_queue();
     found.into_iter().next().map(Chosen::Cuda).ok_or(Reason::Device(DeviceError::NoDevice { api: "CUDA" }))
 }
 

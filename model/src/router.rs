@@ -22,7 +22,8 @@ use ternoss_backends::{TernaryBackend, route};
 pub struct Router<B: Backend> {
     /// `[hidden, experts]`
     pub linear: nn::Linear<B>,
-    pub(crate) experts_per_token: usize,
+    /// Experts a token goes to.
+    pub experts_per_token: usize,
 }
 
 /// Where each token goes.

@@ -15,8 +15,11 @@ mod stored;
 mod tokens;
 mod weight;
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Int, Tensor};
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
+use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 
 use crate::{
     format::{Rotation, TernaryWeight},
@@ -33,6 +36,16 @@ pub type Wgpu = CubeBackend<burn_wgpu::WgpuRuntime, f32, i32, u32>;
 /// NVIDIA's CUDA.
 #[cfg(feature = "cuda")]
 pub type Cuda = CubeBackend<cubecl::cuda::CudaRuntime, f32, i32, u8>;
+
+/// Has all threads of this process share one queue of work on a GPU. Call it before a GPU is first used.
+///
+/// CubeCL 0.10 gives every thread a queue of its own, and what one thread wrote may not be there yet when another one reads
+/// it: a calibration, whose threads hand tensors to each other, then meets numbers that are none.
+pub fn share_one_queue() {
+    let mut config = CubeClRuntimeConfig::get().as_ref().clone();
+    config.streaming.max_streams = 1;
+    *CubeClRuntimeConfig::storage().lock() = Some(Arc::new(config));
+}
 
 /// Elements of a stored matrix that are decoded at a time: 128 MiB.
 const DECODED: usize = 32 << 20;

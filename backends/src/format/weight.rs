@@ -168,11 +168,11 @@ impl<B: Backend> TernaryWeight<B> {
 /// Some matrices, planes and rows of group scales. A device that cannot compute with bytes has them cut out on the host.
 pub(crate) fn part_of_bytes<B: Backend>(
     scales: Tensor<B, 4, Int>,
-    part @ [matrices, planes, rows]: [Range<usize>; 3],
+    [matrices, planes, rows]: [Range<usize>; 3],
 ) -> Tensor<B, 4, Int> {
     let device = scales.device();
     if B::supports_dtype(&device, DType::U8) {
-        return scales.slice(part);
+        return scales.slice([matrices, planes, rows]);
     }
     let [_, all_planes, all_rows, groups] = scales.dims();
     let shape = [matrices.len(), planes.len(), rows.len(), groups];
