@@ -21,7 +21,8 @@ pub(crate) struct DevicesArgs {
 pub(crate) fn run(args: DevicesArgs) -> Result<()> {
     let backends = Backend::ALL.map(|backend| (backend, backend.found()));
     let chosen = Backend::Auto.choose()?.backend();
-    Ok(if args.json { print_json(&backends, chosen)? } else { print_list(&backends, chosen)? })
+    let print = if args.json { print_json } else { print_list };
+    Ok(print(&backends, chosen)?)
 }
 
 /// What is known of a backend.

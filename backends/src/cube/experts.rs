@@ -123,7 +123,7 @@ fn sort_choices(
         let (mut start, mut tile) = (u32::new(0), u32::new(0));
         for before in 0..expert {
             start += counts[before as usize];
-            tile += (counts[before as usize] + TILE - 1) / TILE;
+            tile += counts[before as usize].div_ceil(TILE);
         }
         let end = start + counts[expert as usize];
         let mut next = start;

@@ -158,15 +158,18 @@ fn stored_linear<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement
     Tensor::cat(products.collect(), 1)
 }
 
+/// What rounded tokens depend on: how many inputs a packed row has, and their rotation.
+type Key = (usize, Option<Rotation>);
+
 /// Products of one input with several matrices; weights packed alike share the rounded input.
 fn linears_of<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     x: CubeTensor<R>,
     before: impl Fn() -> Before<R>,
     linears: &[BiasedWeight<CubeBackend<R, F, I, BT>>],
 ) -> Vec<Tensor<CubeBackend<R, F, I, BT>, 2>> {
-    let mut rounded: Option<((usize, Option<Rotation>), Tokens<R>)> = None;
+    let mut rounded: Option<(Key, Tokens<R>)> = None;
     let product = |BiasedWeight { weight, bias }: &BiasedWeight<CubeBackend<R, F, I, BT>>| {
-        let key = (weight.layout.packed_inputs(), weight.layout.rotation);
+        let key: Key = (weight.layout.packed_inputs(), weight.layout.rotation);
         let tokens = match rounded.take() {
             Some((known, tokens)) if known == key => tokens,
             _ => quantize(x.clone(), before(), &weight.layout),

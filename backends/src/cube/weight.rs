@@ -138,7 +138,7 @@ fn digits_of(word: u32, power: u32) -> u32 {
     let mut codes = u32::new(0);
     #[unroll]
     for byte in 0..4u32 {
-        codes |= ((word >> (8 * byte)) & 255) / power % 3 << (8 * byte);
+        codes |= (((word >> (8 * byte)) & 255) / power % 3) << (8 * byte);
     }
     codes
 }

@@ -105,7 +105,8 @@ pub(super) fn compare(args: &BenchArgs) -> Result<()> {
         fs::write(file, comparison_picture::picture(&args.model.model, &rows))
             .with_context(|| file.display().to_string())?;
     }
-    Ok(if args.json { print_json(args, &rows)? } else { print_table(args, &rows)? })
+    let print = if args.json { print_json } else { print_table };
+    Ok(print(args, &rows)?)
 }
 
 /// Measures one row: its figures, and the logits of the first tokens.
