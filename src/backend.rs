@@ -1,6 +1,10 @@
 //! What a command computes on: `--backend`, and the one place where its name becomes a type.
 
-use std::fmt;
+use std::{
+    fmt,
+    panic::{self, AssertUnwindSafe},
+    sync::{Mutex, PoisonError},
+};
 
 use clap::{Args, ValueEnum};
 #[cfg(feature = "cuda")]
@@ -66,6 +70,16 @@ pub(crate) enum Found {
     },
 }
 
+impl Found {
+    /// What it is called.
+    pub(crate) fn into_name(self) -> String {
+        match self {
+            Self::Processor => "processor".into(),
+            Self::Gpu { name, .. } => name,
+        }
+    }
+}
+
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 impl<D> From<Gpu<D>> for Found {
     fn from(gpu: Gpu<D>) -> Self {
@@ -102,8 +116,7 @@ pub(crate) enum Reason {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     #[error(transparent)]
     Device(#[from] DeviceError),
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
-    #[error("the device failed: {message}")]
+    #[error("the backend failed: {message}")]
     Failed { message: String },
 }
 
@@ -117,7 +130,6 @@ impl Unavailable {
             (Reason::Device(DeviceError::NoCompiler { .. }), _) => {
                 "install NVIDIA's CUDA toolkit, or take another --backend"
             }
-            #[cfg(any(feature = "wgpu", feature = "cuda"))]
             (Reason::Failed { .. }, _) => "`ternoss devices` shows how much memory it has; take another --backend",
             #[cfg(any(feature = "wgpu", feature = "cuda"))]
             (_, Backend::Cuda) => "install NVIDIA's driver, or take another --backend",
@@ -139,6 +151,15 @@ impl Backend {
             Self::Ndarray => Ok(Chosen::Ndarray),
             Self::Wgpu => wgpu().map_err(|reason| Unavailable { backend: self, reason }),
             Self::Cuda => cuda().map_err(|reason| Unavailable { backend: self, reason }),
+        }
+    }
+
+    /// Bytes of the device's own memory, where it has any and they are known.
+    pub(crate) fn device_memory(self) -> Option<u64> {
+        let backend = if self == Self::Auto { automatic().backend() } else { self };
+        match backend.found().ok()?.into_iter().next()? {
+            Found::Processor => None,
+            Found::Gpu { memory, .. } => memory,
         }
     }
 
@@ -186,10 +207,19 @@ fn automatic() -> Chosen {
         return chosen;
     }
     #[cfg(feature = "wgpu")]
-    if let Ok(chosen @ Chosen::Wgpu(Gpu { software: false, .. })) = wgpu() {
+    if may_have_gpu()
+        && let Ok(chosen @ Chosen::Wgpu(Gpu { software: false, .. })) = wgpu()
+    {
         return chosen;
     }
     Chosen::Flex
+}
+
+/// Whether it is worth asking drivers, which takes them a while, and some of them complain on stderr that there is no display.
+#[cfg(feature = "wgpu")]
+fn may_have_gpu() -> bool {
+    let nodes = ["/dev/dri", "/dev/nvidiactl", "/dev/dxg"];
+    cfg!(not(target_os = "linux")) || nodes.iter().any(|node| std::path::Path::new(node).exists())
 }
 
 #[cfg(feature = "wgpu")]
@@ -233,14 +263,9 @@ macro_rules! on_backend {
     };
 }
 
-/// Runs work on a GPU. CubeCL panics where memory runs out or a device is lost: that becomes an error of one line.
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+/// Runs work on a backend that may panic, as CubeCL does where memory runs out or a device is lost: that becomes an error of
+/// one line.
 pub(crate) fn guarded<T>(backend: Backend, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
-    use std::{
-        panic::{self, AssertUnwindSafe},
-        sync::{Mutex, PoisonError},
-    };
-
     // The first panic tells the cause, those that follow on other threads do not.
     static FIRST: Mutex<Option<String>> = Mutex::new(None);
     let before = panic::take_hook();

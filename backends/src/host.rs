@@ -107,14 +107,38 @@ pub(crate) fn ternary_linear<B: HostBackend>(
 
 /// [`TernaryBackend::ternary_linears`] by the kernels.
 pub(crate) fn ternary_linears<B: HostBackend>(x: Tensor<B, 2>, linears: &[BiasedWeight<B>]) -> Vec<Tensor<B, 2>> {
-    let ([tokens, in_features], device) = (x.dims(), x.device());
-    let Some(rotation) = linears.first().map(|linear| linear.weight.layout.rotation) else { return Vec::new() };
-    if linears.iter().any(|linear| linear.weight.layout.rotation != rotation) {
-        let each = linears.chunks(1).flat_map(|linear| ternary_linears(x.clone(), linear));
-        return each.collect();
-    }
-    let (x, kernels) = (primitive(x), Kernels::detect());
-    let x = Tokens::quantize(kernels, &B::floats(&x), in_features, rotation);
+    let ([_, in_features], device, x) = (x.dims(), x.device(), primitive(x));
+    let quantize = |rotation| Tokens::quantize(Kernels::detect(), &B::floats(&x), in_features, rotation);
+    linears_by_rotation(quantize, linears, &device)
+}
+
+/// [`TernaryBackend::norm_linears`] by the kernels.
+pub(crate) fn norm_linears<B: HostBackend>(
+    x: Tensor<B, 2>,
+    gamma: Tensor<B, 1>,
+    epsilon: f64,
+    linears: &[BiasedWeight<B>],
+) -> Vec<Tensor<B, 2>> {
+    let (device, x, gamma) = (x.device(), primitive(x), primitive(gamma));
+    let quantize =
+        |rotation| Tokens::normed(Kernels::detect(), &B::floats(&x), &B::floats(&gamma), epsilon as f32, rotation);
+    linears_by_rotation(quantize, linears, &device)
+}
+
+/// Products with tokens that `quantize` rounds: once if all matrices rotate them alike.
+fn linears_by_rotation<B: HostBackend>(
+    quantize: impl Fn(Option<Rotation>) -> Tokens,
+    linears: &[BiasedWeight<B>],
+    device: &B::Device,
+) -> Vec<Tensor<B, 2>> {
+    let rotation = |linear: &BiasedWeight<B>| linear.weight.layout.rotation;
+    let alike = linears.chunk_by(|a, b| rotation(a) == rotation(b));
+    alike.flat_map(|linears| linears_of(&quantize(rotation(&linears[0])), linears, device)).collect()
+}
+
+/// The same tokens times several matrices.
+fn linears_of<B: HostBackend>(x: &Tokens, linears: &[BiasedWeight<B>], device: &B::Device) -> Vec<Tensor<B, 2>> {
+    let (tokens, kernels) = (x.len(), Kernels::detect());
     let parts: Vec<_> = linears.iter().map(|linear| WeightParts::new(&linear.weight)).collect();
     let slices: Vec<_> = parts.iter().map(WeightParts::slices).collect();
     let biases: Vec<_> = linears.iter().map(|linear| linear.bias.clone().map(primitive)).collect();
@@ -122,14 +146,14 @@ pub(crate) fn ternary_linears<B: HostBackend>(x: Tensor<B, 2>, linears: &[Biased
     let mut outs: Vec<_> = linears.iter().map(|linear| vec![0.0; tokens * linear.weight.layout.rows]).collect();
     let products = slices.iter().zip(&biases).zip(&mut outs).map(|((slices, bias), out)| {
         let rows = one_matrix(&slices.view()?, 0)?;
-        Product::new(rows, &x, bias.as_deref(), out)
+        Product::new(rows, x, bias.as_deref(), out)
     });
     let result = products.collect::<Result<_, _>>().map(|products| linear::run(kernels, products));
     if let Err(error) = result {
-        return vec![finish(Err(error), Vec::new(), [0, 0], &device)];
+        return vec![finish(Err(error), Vec::new(), [0, 0], device)];
     }
     let outs = outs.into_iter().zip(linears);
-    outs.map(|(out, linear)| finish(Ok(()), out, [tokens, linear.weight.layout.rows], &device)).collect()
+    outs.map(|(out, linear)| finish(Ok(()), out, [tokens, linear.weight.layout.rows], device)).collect()
 }
 
 /// [`TernaryBackend::rms_norm`] by the kernels.

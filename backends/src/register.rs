@@ -21,6 +21,15 @@ macro_rules! host_backend {
                 host::ternary_linears(x, linears)
             }
 
+            fn norm_linears(
+                x: Tensor<Self, 2>,
+                gamma: Tensor<Self, 1>,
+                epsilon: f64,
+                linears: &[BiasedWeight<Self>],
+            ) -> Vec<Tensor<Self, 2>> {
+                host::norm_linears(x, gamma, epsilon, linears)
+            }
+
             fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
                 host::rms_norm(x, gamma, epsilon)
             }

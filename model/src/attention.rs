@@ -2,6 +2,7 @@
 
 use burn::{
     module::{Module, Param},
+    nn,
     tensor::{Tensor, backend::Backend},
 };
 use ternoss_backends::{FormatError, TernaryBackend, cached_attention};
@@ -35,9 +36,26 @@ impl<B: TernaryBackend> Attention<B> {
         self.o_proj.forward(self.mix(x, rope, cache))
     }
 
+    /// The same of tokens that `norm` is yet to be applied to.
+    pub fn forward_normed(
+        &self,
+        x: Tensor<B, 2>,
+        norm: &nn::RmsNorm<B>,
+        rope: &RotaryTables<B>,
+        cache: &mut LayerCache<B>,
+    ) -> Tensor<B, 2> {
+        let [q, k, v, o] = self.projections();
+        let qkv = Linear::normed_all([q, k, v], x, norm.gamma.val(), norm.epsilon);
+        o.forward(self.attend(qkv, rope, cache))
+    }
+
     /// What `o_proj` sees: the values mixed by attention, `[tokens, hidden]` to `[tokens, q_heads * head_dim]`.
     pub fn mix(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
-        let qkv = Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], x);
+        self.attend(Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], x), rope, cache)
+    }
+
+    /// Queries, keys and values of the tokens to the values mixed.
+    fn attend(&self, qkv: [Tensor<B, 2>; 3], rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
         let scale = (self.head_dim as f32).sqrt().recip();
         cached_attention(qkv, [rope.cos.clone(), rope.sin.clone()], self.sinks.val(), scale, cache)
     }

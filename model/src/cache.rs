@@ -13,6 +13,8 @@
 //! # Ok(()) }
 //! ```
 
+use std::ops::Range;
+
 use burn::tensor::backend::Backend;
 pub use ternoss_backends::{KvFormat, LayerCache};
 
@@ -27,8 +29,12 @@ pub struct KvCache<B: Backend> {
 impl<B: Backend> KvCache<B> {
     /// An empty cache for a model.
     pub fn new(config: &GptOssConfig) -> Self {
-        let layers = (0..config.num_hidden_layers()).map(|layer| LayerCache::new(config.window(layer))).collect();
-        Self { layers }
+        Self::of_layers(config, 0..config.num_hidden_layers())
+    }
+
+    /// An empty cache for some layers of a model.
+    pub(crate) fn of_layers(config: &GptOssConfig, layers: Range<usize>) -> Self {
+        Self { layers: layers.map(|layer| LayerCache::new(config.window(layer))).collect() }
     }
 
     /// An empty cache that keeps its numbers in another format.

@@ -17,11 +17,11 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Tensor, backend::Backend};
-use ternoss_backends::TernaryBackend;
+use ternoss_backends::{TernaryBackend, largest};
 
 use crate::{
     GptOss, KvCache, TokenOutOfRange,
-    draft::Drafter,
+    language_model::LanguageModel,
     layer::Layer,
     sampling::{Sampler, SamplingError},
 };
@@ -53,19 +53,19 @@ pub struct StopRules {
 }
 
 /// A text that grows.
-struct Writing {
+pub(crate) struct Writing {
     /// Prompt and new tokens.
-    history: Vec<u32>,
+    pub(crate) history: Vec<u32>,
     /// Where it ends at the latest.
-    end: usize,
+    pub(crate) end: usize,
 }
 
 /// How far a guess was right.
-struct Accepted {
+pub(crate) struct Accepted {
     /// Guessed tokens that are part of the text and not its last one.
-    drafted: usize,
+    pub(crate) drafted: usize,
     /// Whether the text ends.
-    finished: bool,
+    pub(crate) finished: bool,
 }
 
 impl<B: TernaryBackend> GptOss<B> {
@@ -83,38 +83,14 @@ impl<B: TernaryBackend> GptOss<B> {
         cache: &mut KvCache<B>,
         sampler: &mut Sampler,
         rules: &StopRules,
-        mut on_token: impl FnMut(u32) -> ControlFlow<()>,
+        on_token: impl FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>, GenerateError> {
-        B::session(|| {
-            let mut writing = Writing { history: prompt.to_vec(), end: prompt.len() + rules.max_tokens };
-            let mut drafter = Drafter::new(if self.is_batch_invariant() { cache.spare() } else { 0 });
-            if sampler.can_screen() {
-                // Now, while there is room in memory.
-                self.lm_head.prepare_screen();
-            }
-            let mut hidden = self.prefill_hidden(prompt, cache)?;
-            let mut draft = Vec::new();
-            let mut finished = rules.max_tokens == 0;
-            while !finished {
-                let accepted = self.accept(&draft, &hidden, &mut writing, sampler, rules, &mut on_token)?;
-                drafter.learn(draft.len(), accepted.drafted);
-                // What was guessed wrong went through the model in vain.
-                cache.truncate(cache.position() + accepted.drafted - draft.len());
-                finished = accepted.finished;
-                if !finished {
-                    let room = writing.end - writing.history.len() - 1;
-                    draft = drafter.draft(&writing.history).iter().copied().take(room).collect();
-                    let batch: Vec<u32> = writing.history.last().into_iter().chain(&draft).copied().collect();
-                    hidden = self.hidden(self.tokens(&batch)?, cache);
-                }
-            }
-            Ok(writing.history.split_off(prompt.len()))
-        })
+        LanguageModel::generate(self, prompt, cache, sampler, rules, on_token)
     }
 
     /// Chooses the next tokens for as long as `draft` guessed them, and one more; `hidden [1 + drafted, hidden]` is what the
     /// output layer sees of the last token and of each guess.
-    fn accept(
+    pub(crate) fn accept(
         &self,
         draft: &[u32],
         hidden: &Tensor<B, 2>,
@@ -142,7 +118,7 @@ impl<B: TernaryBackend> GptOss<B> {
     }
 
     /// Whether a batch gives every token the bits that it would have alone, so that guesses change nothing.
-    fn is_batch_invariant(&self) -> bool {
+    pub(crate) fn is_batch_invariant(&self) -> bool {
         B::BATCH_INVARIANT && self.layers.iter().all(Layer::is_packed)
     }
 
@@ -160,7 +136,7 @@ impl<B: TernaryBackend> GptOss<B> {
         let screened = if sampler.can_screen() { self.lm_head.screened(&hidden) } else { None };
         match screened.as_ref().and_then(|tokens| tokens.first()) {
             Some(logits) => sampler.sample_screened(logits, history),
-            None => sampler.sample(&host(self.lm_head.logits(hidden)), history),
+            None => choose(self.lm_head.logits(hidden), sampler, history),
         }
     }
 
@@ -177,17 +153,23 @@ impl<B: TernaryBackend> GptOss<B> {
     /// # Errors
     /// [`GenerateError`] for an empty prompt or a token outside the vocabulary.
     pub fn prefill_hidden(&self, prompt: &[u32], cache: &mut KvCache<B>) -> Result<Tensor<B, 2>, GenerateError> {
-        // All of it is checked before any of it changes the cache.
-        self.tokens(prompt)?;
-        B::session(|| {
-            let mut last = None;
-            for chunk in prompt.chunks(PREFILL_CHUNK) {
-                last = Some(self.hidden(self.tokens(chunk)?, cache));
-            }
-            let hidden = last.ok_or(GenerateError::EmptyPrompt)?;
-            let tokens = hidden.dims()[0];
-            Ok(hidden.slice_dim(0, tokens - 1..tokens))
-        })
+        LanguageModel::prefill_hidden(self, prompt, cache)
+    }
+}
+
+/// Chooses from logits `[1, vocabulary]`, of which as few as possible are read from where they are.
+fn choose<B: TernaryBackend>(
+    logits: Tensor<B, 2>,
+    sampler: &mut Sampler,
+    history: &[u32],
+) -> Result<u32, SamplingError> {
+    let k = sampler.decided_by().map(|k| k.min(logits.dims()[1])).filter(|k| *k > 0);
+    match k.and_then(|k| largest(logits.clone(), k)) {
+        Some((tokens, logits)) => {
+            let tokens: Vec<u32> = tokens.into_data().iter::<u32>().collect();
+            sampler.sample_largest(tokens.into_iter().zip(host(logits)).collect())
+        }
+        None => sampler.sample(&host(logits), history),
     }
 }
 

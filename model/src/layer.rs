@@ -43,7 +43,7 @@ impl<B: TernaryBackend> Mlp<B> {
 impl<B: TernaryBackend> Layer<B> {
     /// The residual stream `[tokens, hidden]` before the layer to after it.
     pub fn forward(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
-        let x = x.clone() + self.self_attn.forward(apply_norm(&self.input_layernorm, x), rope, cache);
+        let x = x.clone() + self.self_attn.forward_normed(x, &self.input_layernorm, rope, cache);
         x.clone() + self.mlp.forward(apply_norm(&self.post_attention_layernorm, x))
     }
 }

@@ -31,6 +31,7 @@ pub mod generate;
 pub mod gpt_oss;
 #[cfg(feature = "tokenizer")]
 pub mod harmony;
+pub mod language_model;
 pub mod layer;
 mod pager;
 pub mod perplexity;
@@ -38,6 +39,7 @@ pub mod rope;
 pub mod router;
 pub mod sampling;
 pub mod screening;
+pub mod split;
 pub mod table;
 #[cfg(feature = "tokenizer")]
 pub mod tokenizer;
@@ -48,5 +50,7 @@ pub use checkpoint::{Checkpoint, CheckpointError, ExpertPlacement, LoadOptions};
 pub use config::{ConfigError, GptOssConfig};
 pub use generate::{GenerateError, StopRules};
 pub use gpt_oss::{GptOss, TokenOutOfRange};
+pub use language_model::LanguageModel;
 pub use perplexity::{Agreement, Perplexity, PerplexityError};
+pub use split::SplitModel;
 pub use traffic::Traffic;

@@ -16,7 +16,7 @@
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use ternoss_backends::TernaryBackend;
 
-use crate::{GptOss, TokenOutOfRange, table::Table};
+use crate::{GptOss, TokenOutOfRange, language_model::LanguageModel, table::Table};
 
 /// What a measurement found.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -85,7 +85,7 @@ pub enum PerplexityError {
 const LOGITS_AT_ONCE: usize = 1 << 25;
 
 /// Whole windows of `context` tokens, the tail dropped.
-fn windows(tokens: &[u32], context: usize) -> Result<std::slice::ChunksExact<'_, u32>, PerplexityError> {
+pub(crate) fn windows(tokens: &[u32], context: usize) -> Result<std::slice::ChunksExact<'_, u32>, PerplexityError> {
     if context < 2 {
         return Err(PerplexityError::Context { context });
     }
@@ -140,6 +140,11 @@ impl Comparison {
         }
     }
 
+    /// Whether some prediction was not a number.
+    pub(crate) fn is_nan(&self) -> bool {
+        self.divergence.is_nan()
+    }
+
     /// How close both are.
     pub fn agreement(&self) -> Agreement {
         let positions = self.positions as f64;
@@ -173,19 +178,9 @@ impl<B: TernaryBackend> GptOss<B> {
         &self,
         tokens: &[u32],
         context: usize,
-        mut progress: impl FnMut(&Perplexity),
+        progress: impl FnMut(&Perplexity),
     ) -> Result<Perplexity, PerplexityError> {
-        let mut sum = Perplexity { nll: 0.0, tokens: 0, windows: 0 };
-        for window in windows(tokens, context)? {
-            sum.nll += self.log_likelihoods(window)?.iter().map(|l| -f64::from(*l)).sum::<f64>();
-            sum.tokens += context - 1;
-            if sum.nll.is_nan() {
-                return Err(PerplexityError::NotANumber { window: sum.windows });
-            }
-            sum.windows += 1;
-            progress(&sum);
-        }
-        Ok(sum)
+        LanguageModel::perplexity(self, tokens, context, progress)
     }
 
     /// How close this model's predictions come to another one's, over the same windows as [`perplexity`](Self::perplexity):
@@ -198,23 +193,9 @@ impl<B: TernaryBackend> GptOss<B> {
         teacher: &Self,
         tokens: &[u32],
         context: usize,
-        mut progress: impl FnMut(),
+        progress: impl FnMut(),
     ) -> Result<Agreement, PerplexityError> {
-        let (own, other) = (self.config().vocab_size, teacher.config().vocab_size);
-        if own != other {
-            return Err(PerplexityError::Vocabulary { own, other });
-        }
-        let mut sum = Comparison::default();
-        for (number, window) in windows(tokens, context)?.enumerate() {
-            let hidden = |model: &Self, ids| model.hidden(ids, &mut model.new_cache());
-            let (own, other) = (hidden(self, self.tokens(window)?), hidden(teacher, teacher.tokens(window)?));
-            sum.add((&self.lm_head, own), (&teacher.lm_head, other), window);
-            if sum.divergence.is_nan() {
-                return Err(PerplexityError::NotANumber { window: number });
-            }
-            progress();
-        }
-        Ok(sum.agreement())
+        LanguageModel::agreement(self, teacher, tokens, context, progress)
     }
 
     /// The natural logarithm of each token's probability, given those before it: one less than `tokens`.
@@ -222,22 +203,6 @@ impl<B: TernaryBackend> GptOss<B> {
     /// # Errors
     /// [`TokenOutOfRange`]
     pub fn log_likelihoods(&self, tokens: &[u32]) -> Result<Vec<f32>, TokenOutOfRange> {
-        let Some((_, targets)) = tokens.split_first() else {
-            return Ok(Vec::new());
-        };
-        let ids = self.tokens(tokens)?;
-        let device = ids.device();
-        let hidden = self.hidden(ids, &mut self.new_cache());
-        let rows = rows_at_once(self.config().vocab_size);
-        let mut likelihoods = Vec::with_capacity(targets.len());
-        for (chunk, targets) in targets.chunks(rows).enumerate() {
-            let first = chunk * rows;
-            let logits = self.lm_head.logits(hidden.clone().slice_dim(0, first..first + targets.len()));
-            let ids: Vec<i64> = targets.iter().map(|id| i64::from(*id)).collect();
-            let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [targets.len(), 1]), &device);
-            let chosen = activation::log_softmax(logits, 1).gather(1, ids);
-            likelihoods.extend(chosen.into_data().iter::<f32>());
-        }
-        Ok(likelihoods)
+        LanguageModel::log_likelihoods(self, tokens)
     }
 }

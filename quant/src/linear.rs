@@ -15,7 +15,7 @@ use burn::{
     nn,
     tensor::{Tensor, backend::Backend},
 };
-use ternoss_backends::{BiasedWeight, FormatError, TernaryBackend, ternary_linears};
+use ternoss_backends::{BiasedWeight, FormatError, TernaryBackend, norm_linears, rms_norm, ternary_linears};
 
 use crate::{BitLinear, BitWeight, PackedTernary, TernaryConfig};
 
@@ -78,6 +78,19 @@ impl<B: TernaryBackend> Linear<B> {
         let packed: Option<Vec<_>> = linears.iter().map(|linear| linear.packed()).collect();
         let together = packed.map(|packed| ternary_linears(x.clone(), &packed)).unwrap_or_default();
         <[_; N]>::try_from(together).unwrap_or_else(|_| linears.map(|linear| linear.forward(x.clone())))
+    }
+
+    /// The same of the root mean square norm of `x`, which packed layers take in one pass with the rounding.
+    pub fn normed_all<const N: usize>(
+        linears: [&Self; N],
+        x: Tensor<B, 2>,
+        gamma: Tensor<B, 1>,
+        epsilon: f64,
+    ) -> [Tensor<B, 2>; N] {
+        let packed: Option<Vec<_>> = linears.iter().map(|linear| linear.packed()).collect();
+        let together =
+            packed.map(|packed| norm_linears(x.clone(), gamma.clone(), epsilon, &packed)).unwrap_or_default();
+        <[_; N]>::try_from(together).unwrap_or_else(|_| Self::forward_all(linears, rms_norm(x, gamma, epsilon)))
     }
 
     /// Weight and bias, if they are packed.

@@ -79,10 +79,7 @@ pub(crate) fn run(args: DemoArgs) -> Result<()> {
 fn compare<B: TernaryBackend>(args: &DemoArgs, device: &Device<B>) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (dense, ternary) = (folder.path().join("dense"), folder.path().join("ternary"));
-    fs::create_dir(&dense)?;
-    for (name, contents) in MODEL {
-        fs::write(dense.join(name), contents)?;
-    }
+    write_model(&dense)?;
     let report = quantize_shipped::<B>(&dense, &ternary, device)?;
     let dense_bits = 16.0;
     let before = measure::<B>("full precision", &dense, dense_bits, args, device)?;
@@ -92,6 +89,12 @@ fn compare<B: TernaryBackend>(args: &DemoArgs, device: &Device<B>) -> Result<()>
     print_line!("full precision | {}{}\n", args.prompt, before.sample.trim_end())?;
     print_line!("ternary        | {}{}", args.prompt, after.sample.trim_end())?;
     Ok(())
+}
+
+/// Writes the model inside this program to a new folder.
+pub(super) fn write_model(folder: &Path) -> io::Result<()> {
+    fs::create_dir(folder)?;
+    MODEL.into_iter().try_for_each(|(name, contents)| fs::write(folder.join(name), contents))
 }
 
 fn quantize_shipped<B: TernaryBackend>(dense: &Path, ternary: &Path, device: &Device<B>) -> Result<Report> {

@@ -11,10 +11,11 @@ use burn::tensor::Device;
 use clap::Args;
 use serde_json::{Value, json};
 use ternoss::{
-    backends::TernaryBackend,
+    backends::{KvFormat, TernaryBackend},
     model::{
-        Checkpoint, GptOss, KvCache, StopRules,
+        Checkpoint, LanguageModel, StopRules,
         harmony::{Effort, Harmony},
+        language_model::SequenceCache,
         sampling::{Sampler, SamplingConfig},
         table::Screening,
         tokenizer::Tokenizer,
@@ -115,23 +116,39 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
 }
 
 fn go_on<B: TernaryBackend>(args: &GenerateArgs, device: &Device<B>) -> Result<()> {
-    let mut sampler = Sampler::new(args.sampling.config())?;
+    // Settings that make no sense are refused before anything is loaded.
+    Sampler::new(args.sampling.config())?;
     let checkpoint = args.model.checkpoint()?;
+    match args.model.layers_on_device(&checkpoint)? {
+        None => write(args, &checkpoint, || args.model.load_writer::<B>(&checkpoint, device)),
+        Some(layers) => {
+            write(args, &checkpoint, || args.model.load_split::<B>(&checkpoint, KvFormat::F16, layers, device))
+        }
+    }
+}
+
+/// Writes with the model that `load` makes, once everything else is known to be right.
+fn write<M: LanguageModel>(
+    args: &GenerateArgs,
+    checkpoint: &Checkpoint,
+    load: impl FnOnce() -> Result<M>,
+) -> Result<()> {
+    let mut sampler = Sampler::new(args.sampling.config())?;
     let tokenizer = match &args.tokens {
-        None => Some(tokenizer(&checkpoint)?),
+        None => Some(tokenizer(checkpoint)?),
         // Ids need no tokenizer, but one that is there gives their text.
         Some(_) => Tokenizer::from_folder(checkpoint.folder()).ok(),
     };
     if let (Some(question), Some(tokenizer), true) = (&args.prompt, &tokenizer, args.chat) {
-        return answer::<B>(args, &checkpoint, &Harmony::new(tokenizer)?, question, &mut sampler, device);
+        return answer(args, checkpoint, &Harmony::new(tokenizer)?, question, &mut sampler, load);
     }
     let prompt = match (&args.prompt, &args.tokens, &tokenizer) {
         (Some(text), _, Some(tokenizer)) => tokenizer.encode(text, true)?,
         (_, Some(TokenIds(ids)), _) => ids.clone(),
         _ => bail!("there is neither a prompt nor tokens"),
     };
-    let model = args.load::<B>(&checkpoint, device)?;
-    let stop_tokens = if args.ignore_eos { Vec::new() } else { stop_tokens(&checkpoint)? };
+    let model = args.screened(load()?);
+    let stop_tokens = if args.ignore_eos { Vec::new() } else { stop_tokens(checkpoint)? };
     let rules = StopRules { max_tokens: args.max_tokens, stop_tokens };
     let started = Instant::now();
     let mut printer = Printer { stream: tokenizer.as_ref().map(Tokenizer::stream), quiet: args.json, error: None };
@@ -154,32 +171,32 @@ fn go_on<B: TernaryBackend>(args: &GenerateArgs, device: &Device<B>) -> Result<(
 
 impl GenerateArgs {
     /// The model, with its output layer screened unless everything is to be read.
-    fn load<B: TernaryBackend>(&self, checkpoint: &Checkpoint, device: &Device<B>) -> Result<GptOss<B>> {
-        let mut model = self.model.load_writer::<B>(checkpoint, device)?;
+    fn screened<M: LanguageModel>(&self, mut model: M) -> M {
         if self.exact_output {
-            model.lm_head = model.lm_head.with_screening(Screening::Never);
+            let last = model.last_part_mut();
+            last.lm_head = last.lm_head.clone().with_screening(Screening::Never);
         }
-        Ok(model)
+        model
     }
 
-    fn cache<B: TernaryBackend>(&self, model: &GptOss<B>) -> KvCache<B> {
+    fn cache<M: LanguageModel>(&self, model: &M) -> M::Cache {
         model.new_cache().with_spare(self.speculate)
     }
 }
 
 /// Prints what the model answers to a question.
-fn answer<B: TernaryBackend>(
+fn answer<M: LanguageModel>(
     args: &GenerateArgs,
     checkpoint: &Checkpoint,
     harmony: &Harmony,
     question: &str,
     sampler: &mut Sampler,
-    device: &Device<B>,
+    load: impl FnOnce() -> Result<M>,
 ) -> Result<()> {
     let prompt = chat::prompt(harmony, question, args.reasoning)?;
     let stop_tokens = [stop_tokens(checkpoint)?.as_slice(), &harmony.stop_tokens()].concat();
     let rules = StopRules { max_tokens: args.max_tokens, stop_tokens };
-    let model = args.load::<B>(checkpoint, device)?;
+    let model = args.screened(load()?);
     let started = Instant::now();
     let mut printer = chat::Printer::new(harmony, args.json);
     let new = model.generate(&prompt, &mut args.cache(&model), sampler, &rules, |token| printer.token(token))?;

@@ -6,7 +6,10 @@ use anyhow::{Context, Result, ensure};
 use burn::tensor::Device;
 use clap::Args;
 use safetensors::{Dtype, tensor::TensorView};
-use ternoss::backends::TernaryBackend;
+use ternoss::{
+    backends::{KvFormat, TernaryBackend},
+    model::LanguageModel,
+};
 
 use super::{ModelArgs, token_ids};
 
@@ -33,8 +36,16 @@ pub(crate) fn run(args: LogitsArgs) -> Result<()> {
 
 fn write<B: TernaryBackend>(args: &LogitsArgs, tokens: &[u32], device: &Device<B>) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
-    let model = args.model.load::<B>(&checkpoint, device)?;
-    let logits = model.forward(model.tokens(tokens)?, &mut model.new_cache());
+    match args.model.layers_on_device(&checkpoint)? {
+        None => write_logits(args, tokens, &args.model.load::<B>(&checkpoint, device)?),
+        Some(layers) => {
+            write_logits(args, tokens, &args.model.load_split::<B>(&checkpoint, KvFormat::F32, layers, device)?)
+        }
+    }
+}
+
+fn write_logits<M: LanguageModel>(args: &LogitsArgs, tokens: &[u32], model: &M) -> Result<()> {
+    let logits = model.logits_of(tokens, &mut model.new_cache())?;
     let shape = logits.dims().to_vec();
     let bytes: Vec<u8> = logits.into_data().iter::<f32>().flat_map(f32::to_le_bytes).collect();
     let view = TensorView::new(Dtype::F32, shape, &bytes)?;

@@ -27,9 +27,12 @@ use anyhow::{Context, Result};
 use burn::tensor::{Device, backend::Backend};
 use clap::Args;
 use ternoss::{
-    backends::KvFormat,
+    Cpu,
+    backends::{KvFormat, TernaryBackend},
     model::{
-        Checkpoint, ExpertPlacement, GptOss, LoadOptions, checkpoint::readable_size as bytes, config::GenerationConfig,
+        Checkpoint, ExpertPlacement, GptOss, LoadOptions, SplitModel,
+        checkpoint::readable_size as bytes,
+        config::{GenerationConfig, Quantization},
         tokenizer::Tokenizer,
     },
 };
@@ -60,6 +63,10 @@ pub(crate) struct ModelArgs {
     kv_cache: Option<KvFormat>,
     #[command(flatten)]
     compute: BackendArgs,
+    /// Layers that --backend computes, the first N of the model; the processor computes the rest (generate, perplexity, logits).
+    /// Chosen automatically where a GPU's memory is known and too small
+    #[arg(long, value_name = "N")]
+    gpu_layers: Option<usize>,
 }
 
 fn kv_format(text: &str) -> Result<KvFormat, String> {
@@ -76,6 +83,7 @@ impl ModelArgs {
             unpack: false,
             kv_cache: None,
             compute: BackendArgs::default(),
+            gpu_layers: None,
         }
     }
 
@@ -108,10 +116,67 @@ impl ModelArgs {
         kv_format: KvFormat,
         device: &Device<B>,
     ) -> Result<GptOss<B>> {
+        Ok(GptOss::load(checkpoint, self.options(kv_format), device)?)
+    }
+
+    /// The first layers on a device, the rest on the processor.
+    fn load_split<B: TernaryBackend>(
+        &self,
+        checkpoint: &Checkpoint,
+        kv_format: KvFormat,
+        layers: usize,
+        device: &Device<B>,
+    ) -> Result<SplitModel<B, Cpu>> {
+        Ok(SplitModel::load(checkpoint, self.options(kv_format), layers, (device, &Default::default()))?)
+    }
+
+    fn options(&self, kv_format: KvFormat) -> LoadOptions {
         let kv_format = self.kv_cache.unwrap_or(kv_format);
         let experts = if self.stream_experts { ExpertPlacement::Streamed } else { ExpertPlacement::Auto };
-        let options = LoadOptions { experts, memory_budget: self.memory_budget, unpack: self.unpack, kv_format };
-        Ok(GptOss::load(checkpoint, options, device)?)
+        LoadOptions { experts, memory_budget: self.memory_budget, unpack: self.unpack, kv_format }
+    }
+
+    /// How many layers go to the device; `None` if the whole model does.
+    fn layers_on_device(&self, checkpoint: &Checkpoint) -> Result<Option<usize>> {
+        if self.gpu_layers.is_some() {
+            return Ok(self.gpu_layers);
+        }
+        let Some(memory) = self.backend().device_memory() else { return Ok(None) };
+        let fitting = fitting_layers(checkpoint, memory);
+        if let Some(layers) = fitting {
+            let all = checkpoint.config().num_hidden_layers();
+            eprintln!(
+                "the device's {} hold {layers} of {all} layers; the processor computes the rest",
+                bytes(memory as usize)
+            );
+        }
+        Ok(fitting)
+    }
+}
+
+/// How many layers fit a device's memory, a tenth of which is left for what a step allocates; `None` if the whole model
+/// fits. What is not ternary is widened to f32.
+fn fitting_layers(checkpoint: &Checkpoint, memory: u64) -> Option<usize> {
+    let room = memory / 10 * 9;
+    let config = checkpoint.config();
+    let ternary = matches!(config.quantization, Quantization::Ternary(_));
+    let size =
+        |name: &str, bytes: usize| if ternary || !name.contains(".layers.") { bytes } else { widened(name, bytes) };
+    let sizes = || checkpoint.tensors().map(|(name, entry)| (name, size(name, entry.bytes()) as u64));
+    if sizes().map(|(_, bytes)| bytes).sum::<u64>() <= room {
+        return None;
+    }
+    let layers: u64 = sizes().filter(|(name, _)| name.contains(".layers.")).map(|(_, bytes)| bytes).sum();
+    let one = (layers / config.num_hidden_layers().max(1) as u64).max(1);
+    Some((room / one) as usize)
+}
+
+/// Bytes as f32 of a tensor that takes so many in the checkpoint: MXFP4 or bf16.
+fn widened(name: &str, bytes: usize) -> usize {
+    match name {
+        name if name.ends_with("_blocks") => 8 * bytes,
+        name if name.ends_with("_scales") => 0,
+        _ => 2 * bytes,
     }
 }
 

@@ -6,7 +6,10 @@ use anyhow::{Context, Result};
 use burn::tensor::Device;
 use clap::Args;
 use serde_json::json;
-use ternoss::{backends::TernaryBackend, model::Agreement};
+use ternoss::{
+    backends::{KvFormat, TernaryBackend},
+    model::{Agreement, Checkpoint, LanguageModel},
+};
 
 use super::{ModelArgs, tokenizer};
 use crate::progress::{Progress, Unit};
@@ -42,11 +45,25 @@ pub(crate) fn run(args: PerplexityArgs) -> Result<()> {
 
 fn measure<B: TernaryBackend>(args: &PerplexityArgs, device: &Device<B>) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
-    let tokenizer = tokenizer(&checkpoint)?;
+    match args.model.layers_on_device(&checkpoint)? {
+        None => compare(args, &checkpoint, |args, checkpoint| args.load::<B>(checkpoint, device)),
+        Some(layers) => compare(args, &checkpoint, |args, checkpoint| {
+            args.load_split::<B>(checkpoint, KvFormat::F32, layers, device)
+        }),
+    }
+}
+
+/// Measures the model that `load` makes of a folder, beside the one it was made from if there is such a one.
+fn compare<M: LanguageModel>(
+    args: &PerplexityArgs,
+    checkpoint: &Checkpoint,
+    load: impl Fn(&ModelArgs, &Checkpoint) -> Result<M>,
+) -> Result<()> {
+    let tokenizer = tokenizer(checkpoint)?;
     let text = fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(args.max_tokens.unwrap_or(usize::MAX));
-    let model = args.model.load::<B>(&checkpoint, device)?;
+    let model = load(&args.model, checkpoint)?;
     let whole = tokens.len() / args.context.max(1) * args.context;
     let progress = Progress::new("perplexity", whole as u64, Unit::Count("tokens"));
     let result = model.perplexity(&tokens, args.context, |_| progress.advance(args.context as u64))?;
@@ -54,7 +71,7 @@ fn measure<B: TernaryBackend>(args: &PerplexityArgs, device: &Device<B>) -> Resu
     let agreement = match &args.against {
         Some(teacher) => {
             let teacher = ModelArgs::new(teacher);
-            let teacher = teacher.load::<B>(&teacher.checkpoint()?, device)?;
+            let teacher = load(&teacher, &teacher.checkpoint()?)?;
             let progress = Progress::new("comparison", whole as u64, Unit::Count("tokens"));
             Some(model.agreement(&teacher, &tokens, args.context, || progress.advance(args.context as u64))?)
         }

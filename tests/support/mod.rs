@@ -144,3 +144,16 @@ pub(crate) fn assert_close(what: &str, found: &[f32], expected: &[f32], toleranc
         assert!(close, "{what}[{at}]: {found}, expected {expected} within {tolerance}");
     }
 }
+
+/// Whether there is a device for wgpu; says so where there is none, which is an error with `TERNOSS_GPU` in the environment.
+#[cfg(feature = "wgpu")]
+pub(crate) fn gpu() -> bool {
+    match ternoss::backends::cube::devices::wgpu_devices() {
+        Ok(_) => true,
+        Err(error) => {
+            assert!(std::env::var_os("TERNOSS_GPU").is_none(), "a GPU is required: {error}");
+            eprintln!("skipped: {error}");
+            false
+        }
+    }
+}

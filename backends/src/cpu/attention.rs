@@ -1,11 +1,14 @@
 //! Attention with sinks: over a cache in memory, and its softmax alone with the gradient.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::{
     Kernels,
-    kv::{ENTRIES, HeadCaches},
+    kv::{ENTRIES, HeadCache, HeadCaches},
     linear::check,
+    math::exp,
     product::{Panels, Rows, Sums},
     tasks, team,
 };
@@ -20,8 +23,14 @@ const QUERIES: usize = 16;
 /// Pieces a thread at least, where there are so many groups of queries.
 const PIECES: usize = 4;
 
+/// Entries whose scores are held at a time, in the first cache.
+const CHUNK: usize = 64 * ENTRIES;
+
 /// Entries whose values are added up while they are in the first cache.
 const VALUES: usize = 8 * ENTRIES;
+
+/// From the scores of a query to those of the next: a power of two would make them share a set of the first cache.
+const STRIDE: usize = CHUNK + ENTRIES;
 
 /// Numbers a task should have at least.
 const TASK: usize = 1 << 14;
@@ -133,45 +142,55 @@ pub fn cached_attention(
         pieces.push(std::mem::replace(&mut queries, rest));
     }
     tasks::run(pieces, parallel, |queries| {
-        let mut scores = Vec::new();
+        let mut scores = vec![0.0; group * STRIDE];
         queries.into_iter().for_each(|query| attend(kernels, cache, query, spec, &mut scores));
     });
     Ok(())
 }
 
-/// One token's queries of one head; `scores` is room for them.
-fn attend(kernels: Kernels, cache: &HeadCaches, query: Query<'_>, spec: AttentionSpec, scores: &mut Vec<f32>) {
+/// One token's queries of one head; `scores [group, STRIDE]` is room for a chunk of them.
+///
+/// The softmax is carried along from chunk to chunk, as in flash attention (Dao et al., arXiv 2205.14135): numerators are
+/// relative to the largest score so far, and what was summed before shrinks when a larger one comes. The first is the sink.
+/// Chunks start at the block of the first entry that is seen, so they are the query's own.
+fn attend(kernels: Kernels, cache: &HeadCaches, query: Query<'_>, spec: AttentionSpec, scores: &mut [f32]) {
     let (head, size) = (&cache.heads()[query.head], cache.head_dim());
     let position = query.position - cache.first();
     let seen = spec.window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1;
-    let blocks = seen.start / ENTRIES..seen.end.div_ceil(ENTRIES);
-    // Rows of scores whose distance is a power of two would share a set of the first cache.
-    let (offset, stride) = (blocks.start * ENTRIES, (blocks.len() + 1) * ENTRIES);
-    scores.clear();
-    scores.resize(query.sinks.len() * stride, 0.0);
-    let numbers = head.keys.numbers(offset * size..blocks.end * ENTRIES * size);
-    let keys = Panels { numbers, columns: blocks.len() * ENTRIES, stride: ENTRIES, panel: ENTRIES * size };
-    kernels.add_product(Rows { numbers: query.q, stride: size }, keys, size, Sums { numbers: scores, stride });
-
-    let inner = seen.start - offset..seen.end - offset;
-    let mut totals = Vec::with_capacity(query.sinks.len());
-    for (scores, sink) in scores.chunks_exact_mut(stride).zip(query.sinks) {
-        let scores = &mut scores[inner.clone()];
-        scale_by(scores, head.keys.scales(), seen.start);
-        totals.push(kernels.sink_exponentials(scores, spec.scale, *sink));
-        scale_by(scores, head.values.scales(), seen.start);
-    }
-
+    let mut states: Vec<[f32; 2]> = query.sinks.iter().map(|sink| [*sink, 1.0]).collect();
     query.out.fill(0.0);
-    for first in seen.clone().step_by(VALUES) {
-        let entries = first..(first + VALUES).min(seen.end);
-        let values = Panels::of_rows(head.values.numbers(entries.start * size..entries.end * size), size);
-        let shares = Rows { numbers: &scores[first - offset..], stride };
-        kernels.add_product(shares, values, entries.len(), Sums { numbers: query.out, stride: size });
+    for first in (seen.start / ENTRIES * ENTRIES..seen.end).step_by(CHUNK) {
+        let entries = seen.start.max(first)..seen.end.min(first + CHUNK);
+        key_scores(kernels, head, query.q, size, first..entries.end, scores);
+        let of_queries = scores.chunks_exact_mut(STRIDE).zip(&mut states).zip(query.out.chunks_exact_mut(size));
+        for ((scores, [top, total]), out) in of_queries {
+            let scores = &mut scores[entries.start - first..entries.end - first];
+            scale_by(scores, head.keys.scales(), entries.start);
+            let [larger, sum] = kernels.exponentials(scores, spec.scale, *top);
+            scale_by(scores, head.values.scales(), entries.start);
+            let shrink = exp(*top - larger);
+            (*top, *total) = (larger, *total * shrink + sum);
+            out.iter_mut().for_each(|out| *out *= shrink);
+        }
+        for some in entries.clone().step_by(VALUES) {
+            let some = some..(some + VALUES).min(entries.end);
+            let values = Panels::of_rows(head.values.numbers(some.start * size..some.end * size), size);
+            let shares = Rows { numbers: &scores[some.start - first..], stride: STRIDE };
+            kernels.add_product(shares, values, some.len(), Sums { numbers: query.out, stride: size });
+        }
     }
-    for (out, total) in query.out.chunks_exact_mut(size).zip(totals) {
+    for (out, [_, total]) in query.out.chunks_exact_mut(size).zip(states) {
         out.iter_mut().for_each(|out| *out /= total);
     }
+}
+
+/// The scores of some entries, from the first one of a block on, `scores [group, STRIDE]`.
+fn key_scores(kernels: Kernels, head: &HeadCache, q: &[f32], size: usize, entries: Range<usize>, scores: &mut [f32]) {
+    let columns = entries.len().next_multiple_of(ENTRIES);
+    let numbers = head.keys.numbers(entries.start * size..(entries.start + columns) * size);
+    let keys = Panels { numbers, columns, stride: ENTRIES, panel: ENTRIES * size };
+    scores.chunks_exact_mut(STRIDE).for_each(|scores| scores[..columns].fill(0.0));
+    kernels.add_product(Rows { numbers: q, stride: size }, keys, size, Sums { numbers: scores, stride: STRIDE });
 }
 
 fn scale_by(numbers: &mut [f32], scales: Option<&[f32]>, first: usize) {

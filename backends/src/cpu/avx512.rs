@@ -1,5 +1,5 @@
-//! x86-64 with AVX-512 (F, BW, VL) and its byte dot products (VNNI): a vector takes four blocks. Everything that is not a
-//! ternary product is AVX2's.
+//! x86-64 with AVX-512 (F, BW, VL) and its byte dot products (VNNI): a vector takes four blocks. The shared
+//! arithmetic is compiled for its registers of 16 floats; the rest is AVX2's.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;

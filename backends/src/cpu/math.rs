@@ -87,17 +87,18 @@ pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {
 /// The softmax over one query's scores that are seen, and a sink.
 #[inline(always)]
 pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
-    let total = sink_exponentials(scores, scale, sink);
+    let [top, sum] = exponentials(scores, scale, sink);
+    let total = sum + exp(sink - top);
     scores.iter_mut().for_each(|score| *score /= total);
 }
 
-/// The same before the division: `e^(score - top)` in the place of the scores, `top` being the largest of them and the sink;
-/// returns what they and the sink's add up to.
+/// `e^(score * scale - top)` in the place of the scores, `top` being the largest of them and of `least`; returns `top` and
+/// what they add up to.
 #[inline(always)]
-pub(super) fn sink_exponentials(scores: &mut [f32], scale: f32, sink: f32) -> f32 {
+pub(super) fn exponentials(scores: &mut [f32], scale: f32, least: f32) -> [f32; 2] {
     let largest = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
     // Whole chunks first: their accumulators stay in registers. Four side by side hide how long a comparison takes.
-    let mut tops = [sink; 4 * LANES];
+    let mut tops = [least; 4 * LANES];
     let (chunks, rest) = scores.as_chunks_mut::<{ 4 * LANES }>();
     let look = |scores: &mut [f32], tops: &mut [f32; 4 * LANES]| {
         for (score, top) in scores.iter_mut().zip(tops) {
@@ -107,11 +108,12 @@ pub(super) fn sink_exponentials(scores: &mut [f32], scale: f32, sink: f32) -> f3
     };
     chunks.iter_mut().for_each(|scores| look(scores, &mut tops));
     look(rest, &mut tops);
-    let mut width = tops.len();
-    while width > 1 {
-        width /= 2;
-        let (low, high) = tops.split_at_mut(width);
-        low.iter_mut().zip(&*high).for_each(|(a, b)| *a = largest(*a, *b));
+    let pair = |lane: usize| largest(tops[lane], tops[lane + 2 * LANES]);
+    let mut tops: [f32; LANES] = std::array::from_fn(|lane| largest(pair(lane), pair(lane + LANES)));
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            tops[lane] = largest(tops[lane], tops[lane + width]);
+        }
     }
     let top = tops[0];
     let mut sums = [0.0f32; LANES];
@@ -124,7 +126,12 @@ pub(super) fn sink_exponentials(scores: &mut [f32], scale: f32, sink: f32) -> f3
     };
     chunks.iter_mut().for_each(|scores| add(scores, &mut sums));
     add(rest, &mut sums);
-    sums.iter().sum::<f32>() + exp(sink - top)
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+    }
+    [top, sums[0]]
 }
 
 /// The gradient of one query's scores, in the place of `gradient`; returns that of the sink.

@@ -253,9 +253,9 @@ impl Kernels {
         dispatch!(self, sink_softmax(scores, scale, sink));
     }
 
-    /// The same before the division; returns what to divide by.
-    fn sink_exponentials(self, scores: &mut [f32], scale: f32, sink: f32) -> f32 {
-        dispatch!(self, sink_exponentials(scores, scale, sink))
+    /// A softmax's numerators, their largest score and their sum: see [`math::exponentials`].
+    fn exponentials(self, scores: &mut [f32], scale: f32, least: f32) -> [f32; 2] {
+        dispatch!(self, exponentials(scores, scale, least))
     }
 
     /// Its gradient in the place of `gradient`; returns that of the sink.

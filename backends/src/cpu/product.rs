@@ -17,7 +17,7 @@ pub(super) struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// What is left from a row on.
-    fn from_row(self, row: usize) -> Self {
+    fn skip_rows(self, row: usize) -> Self {
         Self { numbers: &self.numbers[row * self.stride..], ..self }
     }
 
@@ -135,7 +135,7 @@ pub(super) fn add_panels<T: Number>(
         let width = PANEL.min(b.columns - column);
         let mut row = 0;
         while row < rows {
-            let (a, out) = (a.from_row(row), &mut sums.numbers[row * sums.stride + column..]);
+            let (a, out) = (a.skip_rows(row), &mut sums.numbers[row * sums.stride + column..]);
             row += match (rows - row >= 4, width) {
                 (true, PANEL) => add_rows::<4, T>(a, numbers, b.stride, inner, PANEL, out, sums.stride),
                 (true, _) => add_rows::<4, T>(a, numbers, b.stride, inner, width, out, sums.stride),

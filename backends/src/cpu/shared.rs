@@ -11,7 +11,7 @@ macro_rules! shared_arithmetic {
             math::swiglu(activation: $crate::ops::ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]);
             math::round_token(x: &mut [f32], rotation: Option<$crate::format::Rotation>);
             math::sink_softmax(scores: &mut [f32], scale: f32, sink: f32);
-            math::sink_exponentials(scores: &mut [f32], scale: f32, sink: f32) -> f32;
+            math::exponentials(scores: &mut [f32], scale: f32, least: f32) -> [f32; 2];
             math::sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32;
             math::rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]);
             screen::screen_row(

@@ -66,6 +66,26 @@ impl Tokens {
     /// Rounds tokens of `in_features` values each, given one after the other. A rest that is no whole token is left out.
     #[must_use]
     pub fn quantize(kernels: Kernels, x: &[f32], in_features: usize, rotation: Option<Rotation>) -> Self {
+        Self::quantize_by(kernels, x, in_features, rotation, |x, to| to.extend_from_slice(x))
+    }
+
+    /// The same after the norm of each token, as wide as `gamma`: see [`rms_norm`](super::routing::rms_norm).
+    #[must_use]
+    pub fn normed(kernels: Kernels, x: &[f32], gamma: &[f32], epsilon: f32, rotation: Option<Rotation>) -> Self {
+        Self::quantize_by(kernels, x, gamma.len(), rotation, |x, to| {
+            to.resize(x.len(), 0.0);
+            kernels.rms_norm(x, gamma, epsilon, to);
+        })
+    }
+
+    /// The same of what `fill` makes of each token, in an empty vector.
+    fn quantize_by(
+        kernels: Kernels,
+        x: &[f32],
+        in_features: usize,
+        rotation: Option<Rotation>,
+        fill: impl Fn(&[f32], &mut Vec<f32>) + Sync,
+    ) -> Self {
         let tokens = x.len().checked_div(in_features).unwrap_or(0);
         let mut this = Self {
             in_features,
@@ -83,7 +103,7 @@ impl Tokens {
         let mut work: Vec<Work<'_>> = work.map(|((x, (quads, sums)), scale)| Work { x, quads, sums, scale }).collect();
         let quantize = |scratch: &mut Vec<f32>, work: &mut Work<'_>| {
             scratch.clear();
-            scratch.extend_from_slice(work.x);
+            fill(work.x, scratch);
             *work.scale = kernels.quantize(scratch, rotation, work.quads, work.sums);
         };
         let chunk = TASK_ELEMENTS.div_ceil(in_features);

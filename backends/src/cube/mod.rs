@@ -8,6 +8,7 @@ mod buffer;
 mod device;
 pub mod devices;
 mod experts;
+mod largest;
 mod linear;
 mod routing;
 mod stored;
@@ -46,6 +47,16 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         linears_of(floats(x), || Before::Nothing, linears)
     }
 
+    fn norm_linears(
+        x: Tensor<Self, 2>,
+        gamma: Tensor<Self, 1>,
+        epsilon: f64,
+        linears: &[BiasedWeight<Self>],
+    ) -> Vec<Tensor<Self, 2>> {
+        let gamma = floats(gamma);
+        linears_of(floats(x), || Before::Norm(gamma.clone(), epsilon as f32), linears)
+    }
+
     fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
         tensor(routing::rms_norm(floats(x), floats(gamma), epsilon as f32))
     }
@@ -79,6 +90,14 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         rows: Tensor<Self, 1, Int>,
     ) -> Tensor<Self, 2> {
         tensor(stored::linear(floats(x), matrix, Some(ids(rows))))
+    }
+
+    fn largest(x: Tensor<Self, 2>, k: usize) -> Option<(Tensor<Self, 2, Int>, Tensor<Self, 2>)> {
+        if k > largest::MOST {
+            return None;
+        }
+        let (places, numbers) = largest::largest(floats(x), k);
+        Some((Tensor::from_primitive(places), tensor(numbers)))
     }
 
     fn stored_rows(matrix: &StoredMatrix<Self>, rows: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {

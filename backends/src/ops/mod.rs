@@ -63,6 +63,17 @@ pub trait TernaryBackend: Backend {
         reference::ternary_linears(x, linears)
     }
 
+    /// See [`norm_linears`].
+    #[must_use]
+    fn norm_linears(
+        x: Tensor<Self, 2>,
+        gamma: Tensor<Self, 1>,
+        epsilon: f64,
+        linears: &[BiasedWeight<Self>],
+    ) -> Vec<Tensor<Self, 2>> {
+        Self::ternary_linears(Self::rms_norm(x, gamma, epsilon), linears)
+    }
+
     /// See [`rms_norm`].
     #[must_use]
     fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
@@ -117,6 +128,12 @@ pub trait TernaryBackend: Backend {
     #[must_use]
     fn screen_bounds(x: Tensor<Self, 2>, screen: &Screen) -> Tensor<Self, 2> {
         reference::screen_bounds(x, screen)
+    }
+
+    /// See [`largest`]: none, unless reading a few numbers back from the backend's memory is better than reading all.
+    #[must_use]
+    fn largest(_x: Tensor<Self, 2>, _k: usize) -> Option<(Tensor<Self, 2, Int>, Tensor<Self, 2>)> {
+        None
     }
 
     /// See [`stored_rows`].
@@ -250,13 +267,39 @@ pub struct BiasedWeight<B: Backend> {
 /// If the last dimension of `x` is not `in_features` of each, or a bias does not have `rows` numbers.
 #[must_use]
 pub fn ternary_linears<B: TernaryBackend>(x: Tensor<B, 2>, linears: &[BiasedWeight<B>]) -> Vec<Tensor<B, 2>> {
+    check_linears(&x, linears);
+    let dtype = x.dtype();
+    timed(|| B::ternary_linears(single(x), linears)).into_iter().map(|y| restore(y, dtype)).collect()
+}
+
+/// [`ternary_linears`] of the [norm](rms_norm) of `x`, with the same bits: norm, rotation and rounding are one pass over
+/// each token.
+///
+/// # Panics
+/// If the last dimension of `x` is not `in_features` of each, or a bias does not have `rows` numbers, or `gamma` not as
+/// many as a token.
+#[must_use]
+pub fn norm_linears<B: TernaryBackend>(
+    x: Tensor<B, 2>,
+    gamma: Tensor<B, 1>,
+    epsilon: f64,
+    linears: &[BiasedWeight<B>],
+) -> Vec<Tensor<B, 2>> {
+    assert_eq!(x.dims()[1..], gamma.dims(), "width of x and of the norm");
+    check_linears(&x, linears);
+    let dtype = x.dtype();
+    let products = timed(|| B::norm_linears(single(x), single(gamma), epsilon, linears));
+    products.into_iter().map(|y| restore(y, dtype)).collect()
+}
+
+/// # Panics
+/// If the tokens do not fit a matrix, or a bias does not.
+fn check_linears<B: Backend>(x: &Tensor<B, 2>, linears: &[BiasedWeight<B>]) {
     for BiasedWeight { weight, bias } in linears {
         let layout = weight.layout;
         assert!(x.dims()[1] == layout.in_features, "x of shape {:?} times weights of {layout:?}", x.dims());
         assert!(bias.as_ref().is_none_or(|bias| bias.dims() == [layout.rows]), "a bias for {layout:?}");
     }
-    let dtype = x.dtype();
-    timed(|| B::ternary_linears(single(x), linears)).into_iter().map(|y| restore(y, dtype)).collect()
 }
 
 /// Root mean square norm of tokens `x [tokens, hidden]`: `x / sqrt(mean(x^2) + epsilon) * gamma` (Zhang and Sennrich,
@@ -291,6 +334,17 @@ pub fn route<B: TernaryBackend>(
     let dtype = x.dtype();
     let (chosen, weights) = timed(|| B::route(single(x), single(weight), single(bias), k));
     (chosen, restore(weights, dtype))
+}
+
+/// The `k` largest numbers of each row of `x [rows, n]`, best first, of equal ones the first: where they are and what they are,
+/// `[rows, k]` each. NaN counts as the largest. `None` on a backend that has no use for it, or for so many.
+///
+/// # Panics
+/// If a row has fewer than `k` numbers, or `k` is 0.
+#[must_use]
+pub fn largest<B: TernaryBackend>(x: Tensor<B, 2>, k: usize) -> Option<(Tensor<B, 2, Int>, Tensor<B, 2>)> {
+    assert!(k > 0 && k <= x.dims()[1], "the {k} largest of {}", x.dims()[1]);
+    timed(|| B::largest(single(x), k))
 }
 
 /// The routed feed-forward block: `x [tokens, hidden]` through the experts that each token chose, `[tokens, hidden]`.

@@ -136,6 +136,29 @@ proptest! {
 }
 
 #[test]
+fn long_contexts_are_cut_into_chunks_without_a_seam() {
+    for window in [None, Some(1500)] {
+        let case = Case::new([2, 1, 2300, 16], window, 4);
+        let expected = case.run::<NdArray>(2300, case.cache(), true);
+        let together = case.run::<Flex>(2300, case.cache(), false);
+        assert_close(&together, &expected, 1e-5, "kernels");
+        assert_same(&case.run::<Flex>(700, case.cache(), false), &together, "in steps");
+        let mut cache = HeadCaches::new(1, 16, KvFormat::F16);
+        case.k.chunks(16).zip(case.v.chunks(16)).for_each(|(k, v)| cache.push(k, v));
+        let last = &case.q[2290 * 32..];
+        let outs: Vec<Vec<f32>> = all_kernels()
+            .map(|kernels| {
+                let mut out = vec![0.0; last.len()];
+                let spec = AttentionSpec { scale: SCALE, window };
+                attention::cached_attention(kernels, last, &cache, &case.sinks, spec, &mut out).unwrap();
+                out
+            })
+            .collect();
+        outs.iter().for_each(|out| assert_same(out, &outs[0], "instruction sets"));
+    }
+}
+
+#[test]
 fn a_sliding_layer_keeps_its_window_and_the_spare_entries() {
     let case = Case::new([4, 2, 300, 16], Some(32), 1);
     for spare in [0, 5] {

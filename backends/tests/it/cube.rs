@@ -1,31 +1,35 @@
 //! The GPU kernels against the definitions and against Burn's operations. Skipped, with a word, where no Vulkan driver is.
 
-use std::panic;
-
-use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{
+    DType, Int, Tensor, TensorData,
+    backend::{AutodiffBackend, Backend},
+};
+use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use proptest::prelude::*;
 use ternoss_backends::{
-    BiasedWeight, CodeFormat, StoredFloat, StoredMatrix, TernaryBackend, cube::Wgpu, rms_norm, route, stored_linear,
-    stored_linear_at, stored_rows, ternary_linear, ternary_linears, ternary_rows,
+    BiasedWeight, CodeFormat, Rotation, StoredFloat, StoredMatrix, TernaryBackend, TernaryLayout,
+    cube::{Wgpu, devices::wgpu_devices},
+    largest, norm_linears, rms_norm, route, stored_linear, stored_linear_at, stored_rows, ternary_linear,
+    ternary_linears, ternary_rows,
 };
 
 use crate::{
     cache,
     experts::{Batch, EXPERTS, Layer, ONE_LEVEL},
-    support::{Noise, Weights, any_layout, assert_close, assert_same, matrix, values},
+    support::{Noise, Weights, any_layout, assert_close, assert_same, layout, matrix, values},
 };
 
-/// Whether there is a device, asked once: without one the runtime panics.
+/// Whether there is a device; says so where there is none, which is an error with `TERNOSS_GPU` in the environment.
 fn device() -> bool {
-    static DEVICE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *DEVICE.get_or_init(|| {
-        let found = panic::catch_unwind(|| Tensor::<Wgpu, 1>::zeros([1], &Default::default()).into_data());
-        if found.is_err() {
-            eprintln!("no device for wgpu: skipped");
+    match wgpu_devices() {
+        Ok(_) => true,
+        Err(error) => {
+            assert!(std::env::var_os("TERNOSS_GPU").is_none(), "a GPU is required: {error}");
+            eprintln!("skipped: {error}");
+            false
         }
-        found.is_ok()
-    })
+    }
 }
 
 fn naive(weights: &Weights, matrix: usize, x: &[f32]) -> Vec<f32> {
@@ -58,6 +62,10 @@ proptest! {
         let (x, bias) = (noise.floats(tokens * layout.in_features), noise.floats(layout.rows));
         let [found, expected] = [shared::<Wgpu>, shared::<Flex>].map(|run| run(&weights, &x, &bias));
         assert_close(&found, &expected, 1e-5, &format!("{layout:?}"));
+        // The norm rounds in another order, which may move an activation by a level.
+        let gamma = noise.floats(layout.in_features);
+        let [found, expected] = [normed::<Wgpu>, normed::<Flex>].map(|run| run(&weights, &x, &gamma));
+        assert_close(&found, &expected, ONE_LEVEL, &format!("normed, {layout:?}"));
     }
 
     #[test]
@@ -127,6 +135,13 @@ fn shared<B: TernaryBackend>(weights: &[Weights; 2], x: &[f32], bias: &[f32]) ->
     ternary_linears(matrix::<B>(x, [x.len() / width, width]), &linears).into_iter().flat_map(values).collect()
 }
 
+fn normed<B: TernaryBackend>(weights: &[Weights; 2], x: &[f32], gamma: &[f32]) -> Vec<f32> {
+    let width = gamma.len();
+    let linears = weights.each_ref().map(|weights| BiasedWeight { weight: weights.tensor::<B>(), bias: None });
+    let products = norm_linears(matrix::<B>(x, [x.len() / width, width]), vector(gamma), 1e-5, &linears);
+    products.into_iter().flat_map(values).collect()
+}
+
 fn norm<B: TernaryBackend>(x: &[f32], gamma: &[f32]) -> Vec<f32> {
     values(rms_norm(matrix::<B>(x, [x.len() / gamma.len(), gamma.len()]), vector(gamma), 1e-5))
 }
@@ -136,6 +151,33 @@ fn routes<B: TernaryBackend>(x: &[f32], weight: &[f32], bias: &[f32], k: usize) 
     let x = matrix::<B>(x, [x.len() / width, width]);
     let (chosen, weights) = route(x, matrix(weight, [width, experts]), vector(bias), k);
     (chosen.into_data().iter::<i64>().collect(), values(weights))
+}
+
+#[test]
+fn the_largest_numbers_are_found_in_order_and_nan_is_never_missed() {
+    if !device() {
+        return;
+    }
+    for (n, k) in [(1, 1), (5, 5), (2048, 3), (2049, 40), (70_000, 64)] {
+        let mut noise = Noise::new(n as u64);
+        // Few different numbers, so that many are equal.
+        let x: Vec<f32> = (0..2 * n).map(|_| ((noise.next() % 1000) as f32 - 500.0) * 0.25).collect();
+        let (places, numbers) = largest(matrix::<Wgpu>(&x, [2, n]), k).unwrap();
+        let places: Vec<i64> = places.into_data().iter::<i64>().collect();
+        for (row, (places, numbers)) in x.chunks(n).zip(places.chunks(k).zip(values(numbers).chunks(k))) {
+            let mut order: Vec<usize> = (0..n).collect();
+            order.sort_by(|a, b| row[*b].total_cmp(&row[*a]).then(a.cmp(b)));
+            let expected: Vec<i64> = order[..k].iter().map(|at| *at as i64).collect();
+            assert_eq!(places, expected, "{k} of {n}");
+            assert_same(numbers, &order[..k].iter().map(|at| row[*at]).collect::<Vec<_>>(), "numbers");
+        }
+    }
+    let mut x = vec![f32::NEG_INFINITY; 5000];
+    x[4321] = f32::NAN;
+    x[7] = f32::INFINITY;
+    let (places, numbers) = largest(matrix::<Wgpu>(&x, [1, 5000]), 3).unwrap();
+    assert_eq!(places.into_data().iter::<i64>().collect::<Vec<_>>(), [4321, 7, 0]);
+    assert_same(&values(numbers), &[f32::NAN, f32::INFINITY, f32::NEG_INFINITY], "numbers");
 }
 
 #[test]
@@ -174,6 +216,44 @@ fn tokens_and_choices_that_are_no_numbers_spoil_only_their_own_rows() {
         routes::<Wgpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, f32::NAN, 2.0], 2).1.iter().all(|weight| weight.is_nan())
     );
     assert_eq!(routes::<Wgpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, 2.0, 2.0], 2), (vec![1, 2], vec![0.5, 0.5]));
+}
+
+/// Value and gradients of a product and of a stored one after it.
+fn gradients<B: AutodiffBackend + TernaryBackend>(weights: &Weights, words: &[u32], x: &[f32]) -> [Vec<f32>; 3] {
+    let TernaryLayout { rows, in_features, .. } = weights.layout;
+    let mut weight = weights.tensor::<B>();
+    weight.row_scales = weight.row_scales.require_grad();
+    let x = matrix::<B>(x, [x.len() / in_features, in_features]).require_grad();
+    let words = TensorData::new(words.to_vec(), [words.len() / rows, rows]);
+    let words = Tensor::from_data(words, (&Default::default(), DType::U32));
+    let stored = StoredMatrix::new(words, rows, StoredFloat::F32).unwrap();
+    let y = stored_linear(ternary_linear(x.clone(), &weight, 1), &stored);
+    let gradients = y.clone().square().sum().backward();
+    [values(y), values(x.grad(&gradients).unwrap()), values(weight.row_scales.grad(&gradients).unwrap())]
+}
+
+#[test]
+fn gradients_are_those_of_flex() {
+    if !device() {
+        return;
+    }
+    for group_size in [None, Some(64)] {
+        let layout = TernaryLayout {
+            matrices: 2,
+            planes: 2,
+            group_size,
+            rotation: Some(Rotation { seed: 3 }),
+            ..layout(CodeFormat::T2, 6, 160)
+        };
+        let weights = Weights::new(layout, 1);
+        let words: Vec<u32> = Noise::new(2).floats(6 * 10).into_iter().map(f32::to_bits).collect();
+        let x = Noise::new(3).floats(5 * 160);
+        let found = gradients::<Autodiff<Wgpu>>(&weights, &words, &x);
+        let expected = gradients::<Autodiff<Flex>>(&weights, &words, &x);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_close(found, expected, 1e-4, "gradients");
+        }
+    }
 }
 
 #[test]

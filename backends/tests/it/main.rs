@@ -3,6 +3,7 @@
 
 mod attention;
 mod cache;
+#[cfg(feature = "wgpu")]
 mod cube;
 mod experts;
 mod format;

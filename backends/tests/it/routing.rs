@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use ternoss_backends::{
     BiasedWeight, CodeFormat, TernaryBackend,
     cpu::{self, routing},
-    reference, rms_norm, route, ternary_linear, ternary_linears,
+    norm_linears, reference, rms_norm, route, ternary_linear, ternary_linears,
 };
 
 use crate::support::{Noise, Weights, all_kernels, any_layout, assert_close, assert_same, layout, matrix, values};
@@ -84,6 +84,12 @@ proptest! {
                 None => product,
             };
             assert_same(&values(y), &values(expected), "together");
+        }
+        // The norm of the same tokens in one pass with their rounding.
+        let gamma = vector(&noise.floats(first.in_features));
+        let expected = ternary_linears(rms_norm(x.clone(), gamma.clone(), 1e-5), &linears(true));
+        for (y, expected) in norm_linears(x, gamma, 1e-5, &linears(true)).into_iter().zip(expected) {
+            assert_same(&values(y), &values(expected), "norm and linears");
         }
     }
 }

@@ -63,13 +63,23 @@ impl<B: Backend> GptOss<B> {
     /// # Errors
     /// [`CheckpointError`], naming the file, the tensor, and what was expected.
     pub fn load(checkpoint: &Checkpoint, options: LoadOptions, device: &B::Device) -> Result<Self, CheckpointError> {
+        Self::load_from(checkpoint, options, 0, device)
+    }
+
+    /// The same without the layers before `first`, which are elsewhere.
+    pub(crate) fn load_from(
+        checkpoint: &Checkpoint,
+        options: LoadOptions,
+        first: usize,
+        device: &B::Device,
+    ) -> Result<Self, CheckpointError> {
         let config = checkpoint.config();
         let pager = options.memory_budget.map(|budget| Pager::new(checkpoint, budget)).transpose()?;
         let experts_resident = experts_resident(checkpoint, options);
         let loader = Loader { checkpoint, device, experts_resident, unpack: options.unpack, pager };
         let (norm, lm_head) = Self::load_output(checkpoint, device)?;
         let lm_head = lm_head.with_pager(loader.pager.clone());
-        let layers = 0..config.num_hidden_layers();
+        let layers = first..config.num_hidden_layers();
         Ok(Self {
             embed_tokens: Table::embedding(checkpoint, device)?,
             layers: layers.map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,

@@ -3,7 +3,7 @@
 use std::{ops::ControlFlow, time::Instant};
 
 use anyhow::Result;
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use ternoss::{
     backends::{TernaryBackend, ops::time_in_operations},
     model::{
@@ -37,7 +37,7 @@ pub(super) fn load<B: TernaryBackend>(
         let started = Instant::now();
         let model = args.load_writer::<B>(&args.checkpoint()?, device)?;
         let loaded = started.elapsed().as_secs_f64();
-        model.prefill(first, &mut model.new_cache())?;
+        wait_for(&model.prefill(first, &mut model.new_cache())?)?;
         Ok((model, [loaded, started.elapsed().as_secs_f64()]))
     };
     let mut model = plan.widest().install(once)?.0;
@@ -54,6 +54,11 @@ pub(super) fn load<B: TernaryBackend>(
         model,
         LoadTimes { load: median(load, |seconds| *seconds), first_token: median(first_token, |seconds| *seconds) },
     ))
+}
+
+/// Until a tensor is computed: GPUs work on while the program goes on.
+fn wait_for<B: TernaryBackend>(tensor: &Tensor<B, 2>) -> Result<()> {
+    Ok(B::sync(&tensor.device())?)
 }
 
 /// One measurement.
@@ -128,7 +133,7 @@ impl<B: TernaryBackend> Bench<'_, B> {
         let mut results = Vec::new();
         for tokens in &self.plan.prefill {
             let prompt = &self.plan.ids[..*tokens];
-            let read = |mut cache| Ok(self.model.prefill(prompt, &mut cache).map(drop)?);
+            let read = |mut cache| wait_for(&self.model.prefill(prompt, &mut cache)?);
             let samples = self.sample(*tokens, || self.model.new_cache(), read)?;
             results.extend(self.plan.pools.iter().zip(samples).map(|(pool, (sample, runs))| Prefill {
                 tokens: *tokens,

@@ -1,9 +1,13 @@
 //! `ternoss bench`
 
+mod backends;
+mod comparison_picture;
 mod machine;
 mod measure;
 mod picture;
+mod quantized;
 mod results;
+mod row;
 
 use std::{fs, path::PathBuf, thread};
 
@@ -18,10 +22,14 @@ use ternoss::{
 };
 
 use super::ModelArgs;
-use crate::progress::{Progress, Unit};
+use crate::{
+    backend::guarded,
+    progress::{Progress, Unit},
+};
 use machine::{Memory, read_bandwidth};
 use measure::{Bench, bytes_a_token, load};
 use results::{Bandwidth, Results};
+use row::print_row;
 
 /// Measure speed, bytes read and memory
 ///
@@ -52,7 +60,13 @@ pub(crate) struct BenchArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-    /// Also draw the results beside what the memory's bandwidth allows
+    /// Compare Burn's own operations, Burn's own 8-bit linears and this project's on every backend there is, each in a process
+    /// of its own; takes the shortest --prefill, no context and the most --threads
+    #[arg(long)]
+    backends: bool,
+    #[command(flatten)]
+    row: row::RowArgs,
+    /// Also draw the results
     #[arg(long, value_name = "FILE.svg")]
     picture: Option<PathBuf>,
 }
@@ -63,6 +77,13 @@ fn from(least: u64) -> RangedU64ValueParser<usize> {
 }
 
 pub(crate) fn run(args: BenchArgs) -> Result<()> {
+    if args.backends {
+        return backends::compare(&args);
+    }
+    if let (Some(operations), Some(logits)) = (args.row.row, &args.row.logits) {
+        let backend = args.model.backend();
+        return guarded(backend, || on_backend!(backend, print_row(&args, operations, logits)));
+    }
     on_backend!(args.model.backend(), measure(&args))
 }
 
@@ -155,6 +176,14 @@ impl Plan {
             pools: threads.into_iter().map(pool).collect::<Result<_>>()?,
             ids: ids.collect(),
         })
+    }
+
+    /// The shortest prompt, no context, the most threads.
+    fn shortest(self) -> Self {
+        let pools = self.pools.into_iter().next_back().into_iter().collect();
+        let prefill = self.prefill.into_iter().take(1).collect();
+        let contexts = self.contexts.into_iter().take(1).collect();
+        Self { contexts, prefill, pools, ..self }
     }
 
     /// Tokens that go through the model at first, so that its pages are in memory.
