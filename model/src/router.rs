@@ -1,13 +1,16 @@
 //! The router: which experts a token goes to, and with what weight.
 //!
 //! ```
-//! use burn::{nn::LinearConfig, tensor::Tensor};
-//! use ternoss_model::router::Router;
+//! use burn::tensor::Tensor;
+//! use ternoss_model::{Checkpoint, LoadOptions, layer::Layer};
 //! type B = burn_flex::Flex;
 //!
-//! let device = Default::default();
-//! let router = Router::<B> { linear: LinearConfig::new(64, 8).init(&device), experts_per_token: 2 };
-//! assert_eq!(router.logits(Tensor::ones([3, 64], &device)).dims(), [3, 8]);
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let layer = Layer::<B>::load(&checkpoint, 0, LoadOptions::default(), &Default::default())?;
+//! let x = Tensor::ones([3, checkpoint.config().hidden_size], &Default::default());
+//! assert_eq!(layer.mlp.router.logits(x).dims(), [3, 8]);
+//! # Ok(()) }
 //! ```
 
 use burn::{
@@ -22,8 +25,7 @@ use ternoss_backends::{TernaryBackend, route};
 pub struct Router<B: Backend> {
     /// `[hidden, experts]`
     pub linear: nn::Linear<B>,
-    /// Experts a token goes to.
-    pub experts_per_token: usize,
+    pub(crate) experts_per_token: usize,
 }
 
 /// Where each token goes.

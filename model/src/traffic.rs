@@ -10,7 +10,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
 //! let model = GptOss::<B>::load(&checkpoint, LoadOptions::default(), &Default::default())?;
-//! // Two of eight experts, codes and scales in place of floats.
+//! // Here full precision is 32 bits a weight.
 //! let ternary = model.to_ternary(&Default::default())?;
 //! assert!(ternary.decode_traffic(16).experts < model.decode_traffic(16).experts / 8);
 //! # Ok(()) }

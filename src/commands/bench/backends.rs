@@ -145,7 +145,8 @@ fn finish(mut command: Command) -> Result<[String; 2]> {
     };
     let text = |reader: Option<thread::JoinHandle<String>>| reader.and_then(|reader| reader.join().ok());
     let (printed, said) = (text(readers.0).unwrap_or_default(), text(readers.1).unwrap_or_default());
-    let error = said.lines().find_map(|line| line.strip_prefix("error: "));
+    // Drivers may have said something before.
+    let error = said.lines().rev().find_map(|line| line.strip_prefix("error: "));
     ensure!(status.success(), "{}", error.map_or_else(|| status.to_string(), Into::into));
     Ok([printed, said])
 }
