@@ -88,7 +88,7 @@ fn a_gpu_calibrates_and_measures_as_the_processor_does() {
         }
         // With little text the last bits of a sum, which decide a trit here or there, weigh more.
         for (tokens, gradients, share) in
-            [("8192", &[][..], 0.01), ("2048", &["--reconstruction", "1", "--distill", "1"], 0.05)]
+            [("8192", &[][..], 0.01), ("2048", &["--reconstruction", "1", "--distill", "1"][..], 0.05)]
         {
             let path = |backend: &str| path(&format!("{backend}-{tokens}"));
             for backend in ["flex", gpu] {
