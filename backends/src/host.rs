@@ -200,10 +200,12 @@ pub(crate) fn cached_attention<B: HostBackend>(
     attention::rotate(&mut q, head_dim, tables, tokens);
     attention::rotate(&mut k, head_dim, tables, tokens);
     let spec = AttentionSpec { scale, window: cache.window() };
-    let heads = cache.push(&k, &B::floats(&v), kv_heads, head_dim);
+    let mut heads = cache.take_heads(kv_heads, head_dim);
+    let width = kv_heads * head_dim;
+    k.chunks_exact(width).zip(B::floats(&v).chunks_exact(width)).for_each(|(key, value)| heads.push(key, value));
     let mut out = vec![0.0; shape[0] * shape[1]];
-    let result = attention::cached_attention(Kernels::detect(), &q, heads, &B::floats(&sinks), spec, &mut out);
-    cache.forget();
+    let result = attention::cached_attention(Kernels::detect(), &q, &heads, &B::floats(&sinks), spec, &mut out);
+    cache.put_heads(heads);
     finish(result, out, shape, &device)
 }
 

@@ -29,8 +29,6 @@ pub mod mapped;
 #[cfg(feature = "ndarray")]
 mod ndarray;
 pub mod ops;
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod plain;
 pub mod reference;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod register;
@@ -44,4 +42,4 @@ pub use ops::{
     ternary_linear, ternary_linears, ternary_rows, time_in_operations,
 };
 #[cfg(any(feature = "flex", feature = "ndarray"))]
-pub use plain::switch_kernels_off;
+pub use register::switch_kernels_off;

@@ -1,113 +1,99 @@
-//! Registration of the backends whose tensors lie in this machine's memory: every operation by the kernels.
+//! Registration of the backends whose tensors lie in this machine's memory: every operation by the kernels, unless they are
+//! switched off.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{Int, Tensor};
 
 use crate::{
+    cpu,
     format::{Rotation, TernaryWeight},
+    host,
     ops::{BiasedWeight, LayerCache, ScoreView, Screen, StoredMatrix, TernaryBackend, TernaryExperts},
-    plain as host,
+    reference,
 };
+
+/// For the whole process: caches of keys and values are not laid out the same.
+static SWITCHED_OFF: AtomicBool = AtomicBool::new(false);
+
+/// Switches the kernels of the processor's backends off for the rest of this process, before any model is loaded, so that the
+/// same model can be measured without them. Every operation is then computed by the [`reference`](mod@crate::reference), which
+/// does not give a token the same bits in every batch.
+pub fn switch_kernels_off() {
+    SWITCHED_OFF.store(true, Ordering::Relaxed);
+}
+
+fn is_plain() -> bool {
+    SWITCHED_OFF.load(Ordering::Relaxed)
+}
+
+/// Operations by the kernel of that name, or by the reference of that name.
+macro_rules! operations {
+    ($(fn $name:ident($($argument:ident: $type:ty),* $(,)?) -> $result:ty;)*) => {
+        $(fn $name($($argument: $type),*) -> $result {
+            if is_plain() { reference::$name($($argument),*) } else { host::$name($($argument),*) }
+        })*
+    };
+}
 
 macro_rules! host_backend {
     ($backend:ty) => {
         impl TernaryBackend for $backend {
             const BATCH_INVARIANT: bool = true;
 
-            fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
-                host::ternary_linear(x, weight, matrix)
-            }
-
-            fn ternary_linears(x: Tensor<Self, 2>, linears: &[BiasedWeight<Self>]) -> Vec<Tensor<Self, 2>> {
-                host::ternary_linears(x, linears)
-            }
-
-            fn norm_linears(
-                x: Tensor<Self, 2>,
-                gamma: Tensor<Self, 1>,
-                epsilon: f64,
-                linears: &[BiasedWeight<Self>],
-            ) -> Vec<Tensor<Self, 2>> {
-                host::norm_linears(x, gamma, epsilon, linears)
-            }
-
-            fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
-                host::rms_norm(x, gamma, epsilon)
-            }
-
-            fn route(
-                x: Tensor<Self, 2>,
-                weight: Tensor<Self, 2>,
-                bias: Tensor<Self, 1>,
-                k: usize,
-            ) -> (Tensor<Self, 2, Int>, Tensor<Self, 2>) {
-                host::route(x, weight, bias, k)
-            }
-
-            fn cached_attention(
-                qkv: [Tensor<Self, 2>; 3],
-                rope: [Tensor<Self, 2>; 2],
-                sinks: Tensor<Self, 1>,
-                scale: f32,
-                cache: &mut LayerCache<Self>,
-            ) -> Tensor<Self, 2> {
-                host::cached_attention(qkv, rope, sinks, scale, cache)
-            }
-
-            fn session<R>(work: impl FnOnce() -> R) -> R {
-                host::session(work)
-            }
-
-            fn ternary_experts(
-                x: Tensor<Self, 2>,
-                chosen: Tensor<Self, 2, Int>,
-                weights: Tensor<Self, 2>,
-                experts: &TernaryExperts<Self>,
-            ) -> Tensor<Self, 2> {
-                host::ternary_experts(x, chosen, weights, experts)
-            }
-
-            fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
-                host::stored_linear(x, matrix)
-            }
-
-            fn stored_linear_at(
-                x: Tensor<Self, 2>,
-                matrix: &StoredMatrix<Self>,
-                rows: Tensor<Self, 1, Int>,
-            ) -> Tensor<Self, 2> {
-                host::stored_linear_at(x, matrix, rows)
+            operations! {
+                fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2>;
+                fn ternary_linears(x: Tensor<Self, 2>, linears: &[BiasedWeight<Self>]) -> Vec<Tensor<Self, 2>>;
+                fn norm_linears(
+                    x: Tensor<Self, 2>,
+                    gamma: Tensor<Self, 1>,
+                    epsilon: f64,
+                    linears: &[BiasedWeight<Self>],
+                ) -> Vec<Tensor<Self, 2>>;
+                fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2>;
+                fn route(
+                    x: Tensor<Self, 2>,
+                    weight: Tensor<Self, 2>,
+                    bias: Tensor<Self, 1>,
+                    k: usize,
+                ) -> (Tensor<Self, 2, Int>, Tensor<Self, 2>);
+                fn cached_attention(
+                    qkv: [Tensor<Self, 2>; 3],
+                    rope: [Tensor<Self, 2>; 2],
+                    sinks: Tensor<Self, 1>,
+                    scale: f32,
+                    cache: &mut LayerCache<Self>,
+                ) -> Tensor<Self, 2>;
+                fn ternary_experts(
+                    x: Tensor<Self, 2>,
+                    chosen: Tensor<Self, 2, Int>,
+                    weights: Tensor<Self, 2>,
+                    experts: &TernaryExperts<Self>,
+                ) -> Tensor<Self, 2>;
+                fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2>;
+                fn stored_linear_at(
+                    x: Tensor<Self, 2>,
+                    matrix: &StoredMatrix<Self>,
+                    rows: Tensor<Self, 1, Int>,
+                ) -> Tensor<Self, 2>;
+                fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2>;
+                fn sink_softmax(scores: Tensor<Self, 3>, sinks: Tensor<Self, 1>, view: ScoreView) -> Tensor<Self, 3>;
+                fn sink_softmax_gradient(
+                    shares: Tensor<Self, 3>,
+                    gradient: Tensor<Self, 3>,
+                    scale: f32,
+                ) -> (Tensor<Self, 3>, Tensor<Self, 1>);
+                fn round_activations(x: Tensor<Self, 2>, rotation: Option<Rotation>) -> Tensor<Self, 2>;
+                fn rotate_back(y: Tensor<Self, 2>, rotation: Rotation) -> Tensor<Self, 2>;
+                fn ternary_rows(weight: &TernaryWeight<Self>, matrix: usize, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2>;
             }
 
             fn screen(matrix: &StoredMatrix<Self>, pause: &mut dyn FnMut()) -> Option<Screen> {
-                host::screen(matrix, pause)
+                if is_plain() { None } else { host::screen(matrix, pause) }
             }
 
-            fn stored_rows(matrix: &StoredMatrix<Self>, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
-                host::stored_rows(matrix, ids)
-            }
-
-            fn sink_softmax(scores: Tensor<Self, 3>, sinks: Tensor<Self, 1>, view: ScoreView) -> Tensor<Self, 3> {
-                host::sink_softmax(scores, sinks, view)
-            }
-
-            fn sink_softmax_gradient(
-                shares: Tensor<Self, 3>,
-                gradient: Tensor<Self, 3>,
-                scale: f32,
-            ) -> (Tensor<Self, 3>, Tensor<Self, 1>) {
-                host::sink_softmax_gradient(shares, gradient, scale)
-            }
-
-            fn round_activations(x: Tensor<Self, 2>, rotation: Option<Rotation>) -> Tensor<Self, 2> {
-                host::round_activations(x, rotation)
-            }
-
-            fn rotate_back(y: Tensor<Self, 2>, rotation: Rotation) -> Tensor<Self, 2> {
-                host::rotate_back(y, rotation)
-            }
-
-            fn ternary_rows(weight: &TernaryWeight<Self>, matrix: usize, ids: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {
-                host::ternary_rows(weight, matrix, ids)
+            fn session<R>(work: impl FnOnce() -> R) -> R {
+                if is_plain() { work() } else { cpu::session(work) }
             }
         }
     };

@@ -6,8 +6,11 @@ use ternoss_backends::{KvFormat, TernaryBackend};
 
 use crate::{
     Checkpoint, CheckpointError, GptOss, KvCache, LoadOptions, TokenOutOfRange,
+    checkpoint::is_of_layer,
+    config::Quantization,
     language_model::{LanguageModel, SequenceCache},
     layer::{Layer, apply_norm},
+    rope::RotaryTables,
 };
 
 /// The first layers on `G`; embedding, the other layers and the output layer on `C`. The residual stream goes from one to the
@@ -54,9 +57,49 @@ impl<G: TernaryBackend, C: TernaryBackend> SplitModel<G, C> {
     }
 }
 
+/// How many layers fit a device's memory, a tenth of which is left for what a step allocates; `None` if the whole model
+/// fits. What is not ternary is widened to f32.
+pub fn fitting_layers(checkpoint: &Checkpoint, memory: u64) -> Option<usize> {
+    let room = memory / 10 * 9;
+    let config = checkpoint.config();
+    let ternary = matches!(config.quantization, Quantization::Ternary(_));
+    let sizes = || {
+        checkpoint.tensors().map(|(name, entry)| {
+            let of_layer = is_of_layer(name);
+            let bytes = if of_layer && !ternary { widened(name, entry.bytes()) } else { entry.bytes() };
+            (of_layer, bytes as u64)
+        })
+    };
+    if sizes().map(|(_, bytes)| bytes).sum::<u64>() <= room {
+        return None;
+    }
+    let layers: u64 = sizes().filter(|(of_layer, _)| *of_layer).map(|(_, bytes)| bytes).sum();
+    let one = (layers / config.num_hidden_layers().max(1) as u64).max(1);
+    Some((room / one) as usize)
+}
+
+/// Bytes as f32 of a tensor that takes so many in the checkpoint: MXFP4 or bf16.
+fn widened(name: &str, bytes: usize) -> usize {
+    match name {
+        name if name.ends_with("_blocks") => 8 * bytes,
+        name if name.ends_with("_scales") => 0,
+        _ => 2 * bytes,
+    }
+}
+
 /// A tensor from one backend to another.
 fn handed_over<A: Backend, B: Backend>(x: Tensor<A, 2>, device: &B::Device) -> Tensor<B, 2> {
     Tensor::from_data(x.into_data(), device)
+}
+
+/// The residual stream before some layers to after them.
+fn through<B: TernaryBackend>(
+    layers: &[Layer<B>],
+    x: Tensor<B, 2>,
+    rope: &RotaryTables<B>,
+    cache: &mut KvCache<B>,
+) -> Tensor<B, 2> {
+    layers.iter().zip(cache.layers_mut()).fold(x, |x, (layer, cache)| layer.forward(x, rope, cache))
 }
 
 impl<G: TernaryBackend, C: TernaryBackend> LanguageModel for SplitModel<G, C> {
@@ -86,16 +129,10 @@ impl<G: TernaryBackend, C: TernaryBackend> LanguageModel for SplitModel<G, C> {
         let device = tokens.device();
         let positions = cache.position..cache.position + ids.len();
         let x = self.rest.embed_tokens.embed(tokens);
-        let mut x: Tensor<G, 2> = handed_over(x, &self.first_device);
         let rope = self.rest.rope.tables(positions.clone(), &self.first_device);
-        for (layer, cache) in self.first.iter().zip(cache.first.layers_mut()) {
-            x = layer.forward(x, &rope, cache);
-        }
-        let mut x: Tensor<C, 2> = handed_over(x, &device);
+        let x = through(&self.first, handed_over(x, &self.first_device), &rope, &mut cache.first);
         let rope = self.rest.rope.tables(positions.clone(), &device);
-        for (layer, cache) in self.rest.layers.iter().zip(cache.rest.layers_mut()) {
-            x = layer.forward(x, &rope, cache);
-        }
+        let x = through(&self.rest.layers, handed_over(x, &device), &rope, &mut cache.rest);
         cache.position = positions.end;
         Ok(apply_norm(&self.rest.norm, x))
     }

@@ -117,7 +117,7 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
 
 fn go_on<B: TernaryBackend>(args: &GenerateArgs, device: &Device<B>) -> Result<()> {
     // Settings that make no sense are refused before anything is loaded.
-    Sampler::new(args.sampling.config())?;
+    args.sampling.config().validate()?;
     let checkpoint = args.model.checkpoint()?;
     match args.model.layers_on_device(&checkpoint)? {
         None => write(args, &checkpoint, || args.model.load_writer::<B>(&checkpoint, device)),

@@ -30,10 +30,8 @@ use ternoss::{
     Cpu,
     backends::{KvFormat, TernaryBackend},
     model::{
-        Checkpoint, ExpertPlacement, GptOss, LoadOptions, SplitModel,
-        checkpoint::readable_size as bytes,
-        config::{GenerationConfig, Quantization},
-        tokenizer::Tokenizer,
+        Checkpoint, ExpertPlacement, GptOss, LoadOptions, SplitModel, checkpoint::readable_size as bytes,
+        config::GenerationConfig, split::fitting_layers, tokenizer::Tokenizer,
     },
 };
 
@@ -151,32 +149,6 @@ impl ModelArgs {
             );
         }
         Ok(fitting)
-    }
-}
-
-/// How many layers fit a device's memory, a tenth of which is left for what a step allocates; `None` if the whole model
-/// fits. What is not ternary is widened to f32.
-fn fitting_layers(checkpoint: &Checkpoint, memory: u64) -> Option<usize> {
-    let room = memory / 10 * 9;
-    let config = checkpoint.config();
-    let ternary = matches!(config.quantization, Quantization::Ternary(_));
-    let size =
-        |name: &str, bytes: usize| if ternary || !name.contains(".layers.") { bytes } else { widened(name, bytes) };
-    let sizes = || checkpoint.tensors().map(|(name, entry)| (name, size(name, entry.bytes()) as u64));
-    if sizes().map(|(_, bytes)| bytes).sum::<u64>() <= room {
-        return None;
-    }
-    let layers: u64 = sizes().filter(|(name, _)| name.contains(".layers.")).map(|(_, bytes)| bytes).sum();
-    let one = (layers / config.num_hidden_layers().max(1) as u64).max(1);
-    Some((room / one) as usize)
-}
-
-/// Bytes as f32 of a tensor that takes so many in the checkpoint: MXFP4 or bf16.
-fn widened(name: &str, bytes: usize) -> usize {
-    match name {
-        name if name.ends_with("_blocks") => 8 * bytes,
-        name if name.ends_with("_scales") => 0,
-        _ => 2 * bytes,
     }
 }
 

@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::{floats, room, tensor},
-    device::{max_of_cube, sum_of_cube},
+    device::{Join, joined},
 };
 use crate::ops::{LayerCache, Ring};
 
@@ -186,11 +186,11 @@ fn attention_kernel(
                 score *= scale;
             }
             let before = tops[comptime!(head as usize)];
-            let top = max(before, max_of_cube(score, &mut sums));
+            let top = max(before, joined(score, &mut sums, UNITS, Join::Largest));
             let share = select(key < end, f32::exp(score - top), f32::new(0.0));
             let shrink = f32::exp(before - top);
             let total = totals[comptime!(head as usize)];
-            totals[comptime!(head as usize)] = total * shrink + sum_of_cube(share, &mut sums);
+            totals[comptime!(head as usize)] = total * shrink + joined(share, &mut sums, UNITS, Join::Sum);
             tops[comptime!(head as usize)] = top;
             shares[(head * UNITS + UNIT_POS) as usize] = share;
             // The same for all numbers of a head, so every unit keeps it in the place of its own.

@@ -2,42 +2,56 @@
 
 use cubecl::prelude::*;
 
-/// The sum of a number of every unit, in all units. Their number must be a power of two, `shared` as long.
-#[cube]
-pub(super) fn sum_of_cube(value: f32, shared: &mut SharedMemory<f32>) -> f32 {
-    shared[UNIT_POS as usize] = value;
-    let mut half = CUBE_DIM / 2;
-    while half > 0 {
-        sync_cube();
-        if UNIT_POS < half {
-            let other = shared[(UNIT_POS + half) as usize];
-            shared[UNIT_POS as usize] += other;
-        }
-        half /= 2;
-    }
-    sync_cube();
-    let sum = shared[0];
-    sync_cube();
-    sum
+/// How numbers of several units become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Join {
+    Sum,
+    Largest,
 }
 
-/// The largest of the numbers of all units, in all units: as [`sum_of_cube`].
+/// One number from those of each run of `units` neighbouring units, a power of two, in all of them. `shared` has a place for
+/// every unit of the cube, and may be used again afterwards.
 #[cube]
-pub(super) fn max_of_cube(value: f32, shared: &mut SharedMemory<f32>) -> f32 {
+pub(super) fn joined<N: Numeric>(
+    value: N,
+    shared: &mut SharedMemory<N>,
+    #[comptime] units: u32,
+    #[comptime] join: Join,
+) -> N {
+    let lane = UNIT_POS % units;
     shared[UNIT_POS as usize] = value;
-    let mut half = CUBE_DIM / 2;
+    let mut half = comptime!(units / 2).runtime();
     while half > 0 {
         sync_cube();
-        if UNIT_POS < half {
-            let other = shared[(UNIT_POS + half) as usize];
-            shared[UNIT_POS as usize] = max(shared[UNIT_POS as usize], other);
+        if lane < half {
+            let (own, other) = (shared[UNIT_POS as usize], shared[(UNIT_POS + half) as usize]);
+            shared[UNIT_POS as usize] = match comptime!(join) {
+                Join::Sum => own + other,
+                Join::Largest => max(own, other),
+            };
         }
         half /= 2;
     }
     sync_cube();
-    let largest = shared[0];
+    let one = shared[(UNIT_POS - lane) as usize];
     sync_cube();
-    largest
+    one
+}
+
+/// The unnormalized Walsh-Hadamard transform of the numbers of each run of `width` neighbouring units; `run` has a place for
+/// every unit of the cube.
+#[cube]
+pub(super) fn butterflies(value: f32, run: &mut SharedMemory<f32>, #[comptime] width: u32) -> f32 {
+    run[UNIT_POS as usize] = value;
+    #[unroll]
+    for stage in 0..comptime!(width.trailing_zeros()) {
+        sync_cube();
+        let half = comptime!(1u32 << stage);
+        let (own, other) = (run[UNIT_POS as usize], run[(UNIT_POS ^ half) as usize]);
+        sync_cube();
+        run[UNIT_POS as usize] = select(UNIT_POS & half == 0, own + other, other - own);
+    }
+    run[UNIT_POS as usize]
 }
 
 /// By its bits: compilers for GPUs may assume that there are no NaN.
@@ -67,9 +81,10 @@ pub(super) fn round(x: f32) -> f32 {
     low + select(part > 0.5 || (part == 0.5 && odd == 1.0), f32::new(1.0), f32::new(0.0))
 }
 
-/// Whether input `i` changes its sign: [`Rotation::signs`](crate::format::Rotation::signs), in halves of its 64 bits.
+/// What input `i` is multiplied with before the transform: [`Rotation::factor`](crate::format::Rotation::factor), the 64 bits
+/// of its signs in halves.
 #[cube]
-pub(super) fn is_minus(i: u32, seed_low: u32, seed_high: u32) -> bool {
+pub(super) fn factor(i: u32, seed_low: u32, seed_high: u32, #[comptime] width: u32) -> f32 {
     // z = (seed + block + 1) * 0x9e3779b97f4a7c15
     let more = i / 64 + 1;
     let low = seed_low + more;
@@ -82,7 +97,8 @@ pub(super) fn is_minus(i: u32, seed_low: u32, seed_high: u32) -> bool {
     let (low, high) = (low ^ ((low >> 31) | (high << 1)), high ^ (high >> 31));
     let bit = i % 64;
     let half = select(bit < 32, low, high);
-    (half >> (bit % 32)) & 1 == 1
+    let scale = comptime!(1.0 / (width as f32).sqrt());
+    select((half >> (bit % 32)) & 1 == 1, -scale, scale)
 }
 
 /// The lower 64 bits of a product of 64-bit numbers.

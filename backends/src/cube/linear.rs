@@ -6,6 +6,7 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::room,
+    device::{Join, joined},
     tokens::Tokens,
     weight::{Packed, digit, dot, level, packed},
 };
@@ -168,21 +169,10 @@ fn row_by_row(
                 word += LANES;
             }
         }
-        totals[UNIT_POS as usize] = total;
-        let mut half = comptime!(LANES / 2).runtime();
-        while half > 0 {
-            sync_cube();
-            if lane < half {
-                let other = totals[(UNIT_POS + half) as usize];
-                totals[UNIT_POS as usize] += other;
-            }
-            half /= 2;
+        let total = joined(total, &mut totals, LANES, Join::Sum);
+        if known {
+            y += f32::cast_from(total) * (weight.row_scale(packed_row) * scales[input as usize]);
         }
-        if lane == 0 && known {
-            let total = f32::cast_from(totals[UNIT_POS as usize]);
-            y += total * (weight.row_scale(packed_row) * scales[input as usize]);
-        }
-        sync_cube();
     }
     if lane == 0 && known {
         if comptime!(biased) {

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::room,
-    device::{is_nan, nan, sum_of_cube},
+    device::{Join, is_nan, joined, nan},
 };
 
 /// Units of a cube.
@@ -43,7 +43,7 @@ fn rms_norm_kernel(x: &Array<f32>, gamma: &Array<f32>, out: &mut Array<f32>, hid
         sum += value * value;
         i += UNITS;
     }
-    let rms = f32::sqrt(sum_of_cube(sum, &mut sums) / f32::cast_from(hidden) + epsilon);
+    let rms = f32::sqrt(joined(sum, &mut sums, UNITS, Join::Sum) / f32::cast_from(hidden) + epsilon);
     i = UNIT_POS;
     while i < hidden {
         out[(at + i) as usize] = x[(at + i) as usize] / rms * gamma[i as usize];

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::{integers, room},
-    device::{is_minus, nan},
+    device::{Join, butterflies, factor, joined, nan},
     weight::{Packed, packed},
 };
 use crate::{
@@ -148,18 +148,9 @@ fn linear_kernel(
             word += LANES;
         }
     }
-    sums[UNIT_POS as usize] = sum;
-    let mut half = comptime!(LANES / 2).runtime();
-    while half > 0 {
-        sync_cube();
-        if lane < half {
-            let other = sums[(UNIT_POS + half) as usize];
-            sums[UNIT_POS as usize] += other;
-        }
-        half /= 2;
-    }
+    let sum = joined(sum, &mut sums, LANES, Join::Sum);
     if lane == 0 && product < count {
-        out[(token * count + product) as usize] = select(row < rows, sums[UNIT_POS as usize], nan());
+        out[(token * count + product) as usize] = select(row < rows, sum, nan());
     }
 }
 
@@ -218,18 +209,7 @@ fn ternary_rows_kernel(
     }
     if comptime!(rotation.is_some()) {
         let width = comptime!(rotation.unwrap_or(1));
-        let scale = comptime!(1.0 / (width as f32).sqrt());
-        run[UNIT_POS as usize] = value;
-        #[unroll]
-        for stage in 0..comptime!(width.trailing_zeros()) {
-            sync_cube();
-            let half = comptime!(1u32 << stage);
-            let other = run[(UNIT_POS ^ half) as usize];
-            let own = run[UNIT_POS as usize];
-            sync_cube();
-            run[UNIT_POS as usize] = select(UNIT_POS & half == 0, own + other, other - own);
-        }
-        value = run[UNIT_POS as usize] * select(is_minus(i, seed_low, seed_high), -scale, scale);
+        value = butterflies(value, &mut run, width) * factor(i, seed_low, seed_high, width);
     }
     if i < in_features {
         out[(CUBE_POS_Y * in_features + i) as usize] = select(known, value, nan());

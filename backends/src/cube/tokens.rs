@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::room,
-    device::{is_finite, is_minus, is_nan, max_of_cube, nan, round, sum_of_cube},
+    device::{Join, butterflies, factor, is_finite, is_nan, joined, nan, round},
 };
 use crate::{
     format::{BLOCK, Rotation, TernaryLayout},
@@ -103,7 +103,7 @@ fn quantize_kernel(
     let mut sums = SharedMemory::<f32>::new(comptime!(UNITS as usize));
     let mut run = SharedMemory::<f32>::new(comptime!(UNITS as usize));
     let unit = UNIT_POS as usize;
-    let mut factor = f32::new(1.0);
+    let mut norm = f32::new(1.0);
     if comptime!(kind == Kind::Normed) {
         let mut sum = f32::new(0.0);
         let mut i = UNIT_POS;
@@ -112,7 +112,7 @@ fn quantize_kernel(
             sum += value * value;
             i += UNITS;
         }
-        factor = 1.0 / f32::sqrt(sum_of_cube(sum, &mut sums) / f32::cast_from(in_features) + first);
+        norm = 1.0 / f32::sqrt(joined(sum, &mut sums, UNITS, Join::Sum) / f32::cast_from(in_features) + first);
     }
     let (mut largest, mut broken) = (f32::new(0.0), u32::new(0));
     let mut start = u32::new(0);
@@ -120,7 +120,7 @@ fn quantize_kernel(
         let i = start + UNIT_POS;
         let mut value = f32::new(0.0);
         if i < in_features {
-            value = load(x, gamma, token * in_features, i, factor, first, second, kind);
+            value = load(x, gamma, token * in_features, i, norm, first, second, kind);
             if !is_finite(value) {
                 broken = 1;
                 value = f32::new(0.0);
@@ -128,19 +128,7 @@ fn quantize_kernel(
         }
         if comptime!(rotation.is_some()) {
             let width = comptime!(rotation.unwrap_or(1));
-            let scale = comptime!(1.0 / (width as f32).sqrt());
-            run[unit] = value * select(is_minus(i, seed_low, seed_high), -scale, scale);
-            let stages = comptime!(width.trailing_zeros());
-            #[unroll]
-            for stage in 0..stages {
-                sync_cube();
-                let half = comptime!(1u32 << stage);
-                let other = run[(UNIT_POS ^ half) as usize];
-                let own = run[unit];
-                sync_cube();
-                run[unit] = select(UNIT_POS & half == 0, own + other, other - own);
-            }
-            value = run[unit];
+            value = butterflies(value * factor(i, seed_low, seed_high, width), &mut run, width);
         }
         largest = max(largest, f32::abs(value));
         run[unit] = value;
@@ -155,8 +143,8 @@ fn quantize_kernel(
         sync_cube();
         start += UNITS;
     }
-    let scale = max_of_cube(largest, &mut sums) / 127.0;
-    let broken = max_of_cube(f32::cast_from(broken), &mut sums) > 0.0;
+    let scale = joined(largest, &mut sums, UNITS, Join::Largest) / 127.0;
+    let broken = joined(f32::cast_from(broken), &mut sums, UNITS, Join::Largest) > 0.0;
     let divisor = select(scale == 0.0, f32::new(1.0), scale);
     let mut word = UNIT_POS;
     while word < words && UNIT_POS < UNITS / 4 {
@@ -182,14 +170,14 @@ fn load(
     gamma: &Array<f32>,
     at: u32,
     i: u32,
-    factor: f32,
+    norm: f32,
     alpha: f32,
     limit: f32,
     #[comptime] kind: Kind,
 ) -> f32 {
     match comptime!(kind) {
         Kind::Plain => x[(at + i) as usize],
-        Kind::Normed => x[(at + i) as usize] * factor * gamma[i as usize],
+        Kind::Normed => x[(at + i) as usize] * norm * gamma[i as usize],
         Kind::Gated => gated(x[(2 * (at + i)) as usize], x[(2 * (at + i) + 1) as usize], alpha, limit),
     }
 }

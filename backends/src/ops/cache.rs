@@ -49,10 +49,17 @@ pub struct LayerCache<B: Backend> {
     spare: usize,
     format: KvFormat,
     position: usize,
+    kept: Kept<B>,
+}
+
+/// Keys and values, as the backend keeps them.
+#[derive(Debug, Clone)]
+enum Kept<B: Backend> {
+    Nothing,
     /// `[kv_heads, entries, head_dim]` each, on backends without a cache of their own.
-    tensors: Option<(Tensor<B, 3>, Tensor<B, 3>)>,
-    heads: Option<HeadCaches>,
-    ring: Option<Ring<B>>,
+    Tensors(Tensor<B, 3>, Tensor<B, 3>),
+    Heads(HeadCaches),
+    Ring(Ring<B>),
 }
 
 /// Keys and values on a device, `[slots, kv_heads * head_dim]` each, written in place: the entry of position `p` lies in slot
@@ -67,7 +74,7 @@ impl<B: Backend> LayerCache<B> {
     /// An empty cache; `window` is how many positions a query sees, itself included, `None` for all that came before.
     #[must_use]
     pub fn new(window: Option<usize>) -> Self {
-        Self { window, spare: 0, format: KvFormat::F32, position: 0, tensors: None, heads: None, ring: None }
+        Self { window, spare: 0, format: KvFormat::F32, position: 0, kept: Kept::Nothing }
     }
 
     /// The same, kept in another format; backends without a cache of their own keep floats.
@@ -114,60 +121,69 @@ impl<B: Backend> LayerCache<B> {
         let back = self.position.saturating_sub(position);
         assert!(back <= self.spare || self.window.is_none(), "{back} entries to take back, {} kept", self.spare);
         self.position -= back;
-        if let Some(heads) = &mut self.heads {
-            heads.truncate(self.position);
+        match &mut self.kept {
+            Kept::Heads(heads) => heads.truncate(self.position),
+            Kept::Tensors(keys, values) => {
+                for tensor in [keys, values] {
+                    let entries = tensor.dims()[1];
+                    *tensor = tensor.clone().slice_dim(1, 0..entries - back);
+                }
+            }
+            // What comes next is written over them.
+            Kept::Ring(_) | Kept::Nothing => {}
         }
-        let shorter = |tensor: Tensor<B, 3>| {
-            let entries = tensor.dims()[1];
-            tensor.slice_dim(1, 0..entries - back)
-        };
-        self.tensors = self.tensors.take().map(|(keys, values)| (shorter(keys), shorter(values)));
     }
 
     /// Appends the keys and values of new tokens and returns all that these tokens may see, in order.
     pub(crate) fn append(&mut self, keys: Tensor<B, 3>, values: Tensor<B, 3>) -> (Tensor<B, 3>, Tensor<B, 3>) {
         self.position += keys.dims()[1];
-        let (keys, values) = match self.tensors.take() {
-            Some((old_keys, old_values)) => {
+        let (keys, values) = match self.take() {
+            Kept::Tensors(old_keys, old_values) => {
                 (Tensor::cat(vec![old_keys, keys], 1), Tensor::cat(vec![old_values, values], 1))
             }
-            None => (keys, values),
+            _ => (keys, values),
         };
         let kept = |tensor: &Tensor<B, 3>| {
             let entries = tensor.dims()[1];
             let first = entries - self.window.map_or(entries, |window| window + self.spare).min(entries);
             tensor.clone().slice_dim(1, first..entries)
         };
-        self.tensors = Some((kept(&keys), kept(&values)));
+        self.kept = Kept::Tensors(kept(&keys), kept(&values));
         (keys, values)
     }
 
-    /// Appends to the cache in memory: `keys` and `values` are `[tokens, kv_heads * head_dim]`.
-    pub(crate) fn push(&mut self, keys: &[f32], values: &[f32], kv_heads: usize, head_dim: usize) -> &mut HeadCaches {
-        let heads = self.heads.get_or_insert_with(|| HeadCaches::new(kv_heads, head_dim, self.format));
-        let width = kv_heads * head_dim;
-        for (key, value) in keys.chunks_exact(width).zip(values.chunks_exact(width)) {
-            heads.push(key, value);
+    /// The cache in memory, to be appended to and put back.
+    pub(crate) fn take_heads(&mut self, kv_heads: usize, head_dim: usize) -> HeadCaches {
+        match self.take() {
+            Kept::Heads(heads) => heads,
+            _ => HeadCaches::new(kv_heads, head_dim, self.format),
         }
+    }
+
+    /// Puts the cache in memory back, without what no later query can see.
+    pub(crate) fn put_heads(&mut self, mut heads: HeadCaches) {
         self.position = heads.end();
-        heads
+        if let Some(window) = self.window {
+            heads.forget(self.position.saturating_sub(window + self.spare));
+        }
+        self.kept = Kept::Heads(heads);
     }
 
     /// The ring, if there is one already.
     pub(crate) fn take_ring(&mut self) -> Option<Ring<B>> {
-        self.ring.take()
+        match self.take() {
+            Kept::Ring(ring) => Some(ring),
+            _ => None,
+        }
     }
 
     /// Puts the ring back, with the entries of `tokens` more.
     pub(crate) fn put_ring(&mut self, ring: Ring<B>, tokens: usize) {
-        self.ring = Some(ring);
+        self.kept = Kept::Ring(ring);
         self.position += tokens;
     }
 
-    /// Forgets what no later query can see.
-    pub(crate) fn forget(&mut self) {
-        if let (Some(window), Some(heads)) = (self.window, &mut self.heads) {
-            heads.forget(self.position.saturating_sub(window + self.spare));
-        }
+    fn take(&mut self) -> Kept<B> {
+        std::mem::replace(&mut self.kept, Kept::Nothing)
     }
 }

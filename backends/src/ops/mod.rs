@@ -71,7 +71,7 @@ pub trait TernaryBackend: Backend {
         epsilon: f64,
         linears: &[BiasedWeight<Self>],
     ) -> Vec<Tensor<Self, 2>> {
-        Self::ternary_linears(Self::rms_norm(x, gamma, epsilon), linears)
+        reference::norm_linears(x, gamma, epsilon, linears)
     }
 
     /// See [`rms_norm`].

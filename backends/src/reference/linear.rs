@@ -53,6 +53,17 @@ pub fn ternary_linears<B: TernaryBackend>(x: Tensor<B, 2>, linears: &[BiasedWeig
     linears.iter().map(product).collect()
 }
 
+/// [`norm_linears`](crate::norm_linears): the norm, then the products.
+#[must_use]
+pub fn norm_linears<B: TernaryBackend>(
+    x: Tensor<B, 2>,
+    gamma: Tensor<B, 1>,
+    epsilon: f64,
+    linears: &[BiasedWeight<B>],
+) -> Vec<Tensor<B, 2>> {
+    B::ternary_linears(B::rms_norm(x, gamma, epsilon), linears)
+}
+
 /// The activations as int8 would hold them, back in floats: `q * s`. The gradient passes through unchanged.
 #[must_use]
 pub fn fake_quantize<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {

@@ -24,7 +24,9 @@ mod stored;
 pub(crate) use attention::attention_by;
 pub use attention::{cached_attention, rotate_heads, sink_attention, sink_softmax, sink_softmax_gradient};
 pub use experts::{clamped_swiglu, ternary_experts};
-pub use linear::{fake_quantize, magnitude, rotate, rotate_back, round_activations, ternary_linear, ternary_linears};
+pub use linear::{
+    fake_quantize, magnitude, norm_linears, rotate, rotate_back, round_activations, ternary_linear, ternary_linears,
+};
 pub use routing::{rms_norm, route};
 pub use rows::ternary_rows;
 pub use screen::screen_bounds;

@@ -23,6 +23,7 @@ mod write;
 
 pub use error::CheckpointError;
 pub use load::{ExpertPlacement, LoadOptions};
+pub(crate) use names::is_of_layer;
 pub use names::{ExpertMatrix, FINAL_NORM, LinearName, TableName, TernaryPath, tensors_by_expert};
 pub use part::{Part, readable_size};
 pub use write::{FolderWriter, OutputTensor};

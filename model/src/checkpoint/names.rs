@@ -85,6 +85,11 @@ pub(crate) fn layer_path(layer: usize) -> String {
     format!("model.layers.{layer}")
 }
 
+/// Whether a tensor belongs to a layer.
+pub(crate) fn is_of_layer(tensor: &str) -> bool {
+    tensor.starts_with("model.layers.")
+}
+
 /// The matrices with one row a token of the vocabulary, named as in the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TableName {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::names::{CODES, FINAL_NORM, TableName};
+use super::names::{CODES, FINAL_NORM, TableName, is_of_layer};
 
 /// The role of a tensor, told by its name: in a full-precision model as well as in a ternary one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -56,7 +56,7 @@ impl Part {
             _ if of_table(TableName::Embedding) => Self::Embedding,
             _ if of_table(TableName::Output) => Self::OutputLayer,
             FINAL_NORM => Self::Norms,
-            _ if !tensor.starts_with("model.layers.") => Self::Other,
+            _ if !is_of_layer(tensor) => Self::Other,
             _ if tensor.ends_with("layernorm.weight") => Self::Norms,
             _ if tensor.contains(".mlp.router.") => Self::Router,
             _ if tensor.ends_with("bias") || tensor.ends_with(".sinks") => Self::BiasesAndSinks,
