@@ -1,6 +1,6 @@
 //! GPU backends: kernels in CubeCL, one source for Vulkan, Metal, DirectX, WebGPU and CUDA.
 //!
-//! They are written for Burn's [`CubeBackend`] without fusion, for which [`Wgpu`] and [`Cuda`] stand here whatever features
+//! They are written for Burn's [`CubeBackend`] without fusion, for which `Wgpu` and `Cuda` stand here whatever features
 //! an app has switched on in Burn itself.
 
 mod attention;
