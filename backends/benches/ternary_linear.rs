@@ -78,13 +78,18 @@ fn all_kernels() -> impl Iterator<Item = Kernels> {
     Isa::available().iter().filter(|isa| **isa != Isa::Scalar).filter_map(|isa| Kernels::new(*isa))
 }
 
-const CASES: [(&str, Option<usize>); 2] = [("t2", None), ("t2-u8-per-64", Some(64))];
+const CASES: [(&str, CodeFormat, Option<usize>); 4] = [
+    ("t2", CodeFormat::T2, None),
+    ("t2-u8-per-64", CodeFormat::T2, Some(64)),
+    ("t5", CodeFormat::T5, None),
+    ("t5-u8-per-64", CodeFormat::T5, Some(64)),
+];
 
 fn ternary(c: &mut Criterion) {
     let (rows, in_features) = (5760, 2880);
     let mut group = quick(c, "ternary_linear");
-    for (name, group_size) in CASES {
-        let weights = Weights::new(CodeFormat::T2, rows, in_features, group_size);
+    for (name, format, group_size) in CASES {
+        let weights = Weights::new(format, rows, in_features, group_size);
         let matrix = weights.view().matrix(0).expect("one matrix");
         for (batch, kernels) in [1, 8, 16, 64].into_iter().flat_map(|batch| all_kernels().map(move |k| (batch, k))) {
             let tokens = Tokens::quantize(kernels, &Noise(2).floats(batch * in_features), in_features, None);
@@ -107,8 +112,8 @@ fn ternary(c: &mut Criterion) {
 fn from_memory(c: &mut Criterion) {
     let (rows, in_features) = (5760 * 24, 2880);
     let mut group = quick(c, "ternary_linear_from_memory");
-    for (name, group_size) in CASES {
-        let weights = Weights::new(CodeFormat::T2, rows, in_features, group_size);
+    for (name, format, group_size) in CASES {
+        let weights = Weights::new(format, rows, in_features, group_size);
         let matrix = weights.view().matrix(0).expect("one matrix");
         for (batch, kernels) in [1, 8].into_iter().flat_map(|batch| all_kernels().map(move |k| (batch, k))) {
             let tokens = Tokens::quantize(kernels, &Noise(2).floats(batch * in_features), in_features, None);
@@ -129,8 +134,8 @@ fn by_lookup(c: &mut Criterion) {
     // Instruction sets above AVX2 look up as it does.
     let kernels = all_kernels().next().unwrap_or(Kernels::detect());
     for (place, rows) in [("cache", 5760), ("memory", 5760 * 24)] {
-        for (name, group_size) in CASES {
-            let weights = Weights::new(CodeFormat::T2, rows, in_features, group_size);
+        for (name, format, group_size) in CASES.into_iter().filter(|(_, format, _)| *format == CodeFormat::T2) {
+            let weights = Weights::new(format, rows, in_features, group_size);
             let matrix = weights.view().matrix(0).and_then(|rows| LookupRows::new(&rows)).expect("one t2 matrix");
             for batch in [1, 8] {
                 let tokens = Tokens::quantize(kernels, &Noise(2).floats(batch * in_features), in_features, None);
@@ -141,23 +146,6 @@ fn by_lookup(c: &mut Criterion) {
                 });
             }
         }
-    }
-    group.finish();
-}
-
-/// Bytes of t5 a second that become t2, as a product with one token does it (times 5 for weights).
-fn t5(c: &mut Criterion) {
-    let (rows, in_features) = (5760, 2880);
-    let mut group = quick(c, "t5");
-    let weights = Weights::new(CodeFormat::T5, rows, in_features, None);
-    let matrix = weights.view().matrix(0).expect("one matrix");
-    for kernels in all_kernels() {
-        let tokens = Tokens::quantize(kernels, &Noise(2).floats(in_features), in_features, None);
-        let mut out = vec![0.0; rows];
-        group.throughput(Throughput::Bytes((weights.codes.len() * 4) as u64));
-        group.bench_function(format!("{}/batch-1", kernels.isa()), |bench| {
-            bench.iter(|| ternary_linear(kernels, &matrix, black_box(&tokens), black_box(&mut out)));
-        });
     }
     group.finish();
 }
@@ -192,7 +180,6 @@ fn one_thread(c: &mut Criterion) {
     ternary(c);
     from_memory(c);
     by_lookup(c);
-    t5(c);
     stored(c);
 }
 

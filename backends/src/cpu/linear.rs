@@ -2,12 +2,32 @@
 //!
 //! A product is cut by rows among the threads. A thread takes [`ROW_TILE`] rows at a time, which fit its cache, brings them
 //! into the one form the kernels know (t2 codes, a scale a block), and passes them by [`TOKEN_TILE`] tokens at a time, whose
-//! activations stay in the first cache level. So a row is read from memory once, whatever the batch.
+//! activations stay in the first cache level. So a row is read from memory once, whatever the batch. A token alone may be
+//! multiplied with t5 as it lies: see [`t5`](super::t5).
+//!
+//! ```
+//! use ternoss_backends::{CodeFormat, TernaryLayout, cpu::{Kernels, TernaryMatrices, linear::ternary_linear, tokens::Tokens}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let layout = TernaryLayout { format: CodeFormat::T2, matrices: 1, planes: 1, rows: 2, in_features: 3, group_size: None, rotation: None };
+//! let mut codes = vec![0; 2 * layout.words_per_row()];
+//! for (trits, row) in [[1, 0, -1], [1, 1, 1]].iter().zip(codes.chunks_mut(layout.words_per_row())) {
+//!     layout.format.pack_row(trits, row);
+//! }
+//! let kernels = Kernels::detect();
+//! let rows = TernaryMatrices::new(layout, &codes, &[0.5, 2.0], None)?.matrix(0).ok_or("no matrix")?;
+//! let tokens = Tokens::quantize(kernels, &[127.0, 1.0, 2.0], 3, None);
+//! let mut out = [0.0; 2];
+//! ternary_linear(kernels, &rows, &tokens, &mut out)?;
+//! assert_eq!(out, [62.5, 260.0]);
+//! # Ok(()) }
+//! ```
 
 use rayon::prelude::*;
 
 use super::{
     Kernels, TernaryRows,
+    t5::{Straight, T5Rows},
     tasks::{self, Piece},
     tokens::{self, Token, Tokens},
 };
@@ -122,11 +142,15 @@ pub fn run(kernels: Kernels, products: Vec<Product<'_>>) {
     let mut pieces = Vec::new();
     for (n, Product { rows, tokens, bias, out }) in products.into_iter().enumerate() {
         pieces.extend(tasks::pieces(out, rows.layout().rows, parallel).into_iter().map(|piece| (n, piece)));
-        inputs.push((rows, tokens, bias));
+        let straight = match tokens.as_slice() {
+            [token] if rows.layout().format == CodeFormat::T5 && kernels.multiply_t5() => Some(Straight::new(token)),
+            _ => None,
+        };
+        inputs.push((rows, tokens, straight, bias));
     }
     tasks::run(pieces, parallel, |(n, piece)| {
-        let (rows, tokens, bias) = &inputs[n];
-        multiply(kernels, rows, tokens, *bias, piece);
+        let (rows, tokens, straight, bias) = &inputs[n];
+        multiply(kernels, rows, tokens, straight.as_ref(), *bias, piece);
     });
 }
 
@@ -135,6 +159,7 @@ fn multiply(
     kernels: Kernels,
     rows: &TernaryRows<'_>,
     tokens: &[Token<'_>],
+    straight: Option<&Straight<'_>>,
     bias: Option<&[f32]>,
     mut piece: Piece<'_>,
 ) {
@@ -144,8 +169,15 @@ fn multiply(
         let count = ROW_TILE.min(end - start);
         let first = piece.first + start;
         for plane in 0..rows.layout().planes {
-            let tile = scratch.tile(kernels, rows, plane, first, count);
             let row_scales = rows.row_scales(plane, first, count);
+            if let Some(straight) = straight {
+                let mut totals = [0i32; ROW_TILE];
+                let totals = &mut totals[..count];
+                kernels.t5_totals(&scratch.t5_tile(rows, plane, first, count), straight, totals);
+                add_plane(totals, row_scales, tokens, plane == 0, start, &mut piece.out);
+                continue;
+            }
+            let tile = scratch.tile(kernels, rows, plane, first, count);
             for (tokens, out) in tokens.chunks(TOKEN_TILE).zip(piece.out.chunks_mut(TOKEN_TILE)) {
                 let mut totals = [0i32; ROW_TILE * TOKEN_TILE];
                 let totals = &mut totals[..count * tokens.len()];
@@ -198,17 +230,7 @@ impl Scratch {
     ) -> T2Rows<'a> {
         let in_features = rows.layout().in_features;
         let blocks = in_features.div_ceil(BLOCK);
-        let size = rows.layout().group_size.unwrap_or(BLOCK);
-        let padded = blocks.next_multiple_of(tokens::SUM_LANES);
-        let (scales, scale_stride) = match rows.group_scales_from(plane, first) {
-            None => (None, 0),
-            // Used in place, where enough follows the last row.
-            Some(scales) if size == BLOCK && scales.len() >= (count - 1) * blocks + padded => (Some(scales), blocks),
-            Some(scales) => {
-                spread(&scales[..count * rows.layout().groups()], size / BLOCK, blocks, &mut self.scales);
-                (Some(self.scales.as_slice()), padded)
-            }
-        };
+        let (scales, scale_stride) = block_scales(rows, plane, first, count, &mut self.scales);
         let codes = rows.codes(plane, first, count);
         let codes = match rows.layout().format {
             CodeFormat::T2 => codes,
@@ -222,6 +244,34 @@ impl Scratch {
             }
         };
         T2Rows { blocks, codes, scales, scale_stride }
+    }
+
+    /// The same without rewriting t5 codes.
+    fn t5_tile<'a>(&'a mut self, rows: &TernaryRows<'a>, plane: usize, first: usize, count: usize) -> T5Rows<'a> {
+        let (scales, scale_stride) = block_scales(rows, plane, first, count, &mut self.scales);
+        T5Rows { words: rows.layout().words_per_row(), codes: rows.codes(plane, first, count), scales, scale_stride }
+    }
+}
+
+/// The scales of some rows, one a block, and from those of a row to those of the next.
+fn block_scales<'a>(
+    rows: &TernaryRows<'a>,
+    plane: usize,
+    first: usize,
+    count: usize,
+    scratch: &'a mut Vec<u8>,
+) -> (Option<&'a [u8]>, usize) {
+    let blocks = rows.layout().in_features.div_ceil(BLOCK);
+    let size = rows.layout().group_size.unwrap_or(BLOCK);
+    let padded = blocks.next_multiple_of(tokens::SUM_LANES);
+    match rows.group_scales_from(plane, first) {
+        None => (None, 0),
+        // Used in place, where enough follows the last row.
+        Some(scales) if size == BLOCK && scales.len() >= (count - 1) * blocks + padded => (Some(scales), blocks),
+        Some(scales) => {
+            spread(&scales[..count * rows.layout().groups()], size / BLOCK, blocks, scratch);
+            (Some(scratch.as_slice()), padded)
+        }
     }
 }
 

@@ -48,6 +48,8 @@ mod avx512_product;
 #[cfg(target_arch = "x86_64")]
 mod avx512_screen;
 #[cfg(target_arch = "x86_64")]
+mod avx512_t5;
+#[cfg(target_arch = "x86_64")]
 mod avxvnni;
 pub mod bounds;
 pub mod experts;
@@ -65,6 +67,7 @@ mod scalar;
 pub mod screen;
 mod shared;
 pub mod stored;
+mod t5;
 mod tasks;
 mod team;
 pub mod tokens;
@@ -88,6 +91,7 @@ use linear::T2Rows;
 use lookup::{LOOKUP_ROWS, Table};
 use product::{Panels, Rows, Sums};
 use screen::Dither;
+use t5::{Straight, T5Rows};
 use tokens::{Quad, Token};
 
 /// An instruction set that has kernels.
@@ -215,6 +219,26 @@ impl Kernels {
     /// The exact totals of all `rows` with each of at most [`linear::TOKEN_TILE`] tokens, `totals[row * tokens + token]`.
     fn t2_totals(self, rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i32]) {
         dispatch!(self, t2_totals(rows, tokens, totals));
+    }
+
+    /// Whether a token alone is multiplied with t5 rows as they lie. Where not, they are rewritten as t2 first.
+    fn multiply_t5(self) -> bool {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512_t5::available(),
+            isa => isa == Isa::Scalar,
+        }
+    }
+
+    /// The exact totals of all t5 `rows` with one token.
+    fn t5_totals(self, rows: &T5Rows<'_>, token: &Straight<'_>, totals: &mut [i32]) {
+        match self.isa {
+            // SAFETY: `Kernels` only exists for instruction sets that were found on this processor, and the rest is asked for.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Isa::Avx512 if avx512_t5::available() => unsafe { avx512_t5::t5_totals(rows, token, totals) },
+            _ => scalar::t5_totals(rows, token, totals),
+        }
     }
 
     /// The exact totals of one or two tiles of rows by tables: see [`lookup`].

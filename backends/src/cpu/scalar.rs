@@ -8,9 +8,13 @@ use super::{
     product::{self, Panels, Rows, Sums},
     shared::shared_arithmetic,
     stored::LANES,
+    t5::{Straight, T5Rows},
     tokens::{QUAD_BLOCKS, Token},
 };
-use crate::{format::T2_BLOCK_BYTES, ops::StoredFloat};
+use crate::{
+    format::{BLOCK, T2_BLOCK_BYTES},
+    ops::StoredFloat,
+};
 
 shared_arithmetic!();
 
@@ -23,6 +27,26 @@ pub(super) fn t2_totals(rows: &T2Rows<'_>, tokens: &[Token<'_>], totals: &mut [i
                 let scale = scales.map_or(1, |scales| i32::from(scales[b]));
                 let dot = block_dot(words, token, b) - i32::from(token.block_sums[b]);
                 *total = total.wrapping_add(scale * dot);
+            }
+        }
+    }
+}
+
+pub(super) fn t5_totals(rows: &T5Rows<'_>, token: &Straight<'_>, totals: &mut [i32]) {
+    for (row, total) in totals.iter_mut().enumerate() {
+        let scales = rows.scales.map(|scales| &scales[row * rows.scale_stride..]);
+        let scale = |block: usize| scales.map_or(1, |scales| i32::from(scales[block]));
+        let surplus = |(block, sum): (usize, &i16)| scale(block).wrapping_mul(i32::from(*sum));
+        *total = token.block_sums.iter().enumerate().map(surplus).fold(0, i32::wrapping_sub);
+        let bytes = bytemuck::cast_slice::<_, u8>(&rows.codes[row * rows.words..(row + 1) * rows.words]);
+        for (k, power) in [81, 27, 9, 3, 1].into_iter().enumerate() {
+            for (j, byte) in bytes.iter().enumerate() {
+                let input = k * bytes.len() + j;
+                let product = i32::from(byte / power % 3) * i32::from(token.activations()[input]);
+                // Past the last input the activations are zeros, and there may be no scale.
+                if product != 0 {
+                    *total = total.wrapping_add(scale(input / BLOCK) * product);
+                }
             }
         }
     }

@@ -27,7 +27,7 @@ pub(super) const SUM_LANES: usize = 16;
 const TASK_ELEMENTS: usize = 1 << 14;
 
 /// The int8 activations of four blocks, on a cache line boundary.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 pub(super) struct Quad(pub(super) [i8; QUAD]);
 

@@ -10,7 +10,7 @@ use super::{BLOCK, FormatError};
 pub enum CodeFormat {
     /// 2 bits a weight, in blocks of 64: used in place by the kernels.
     T2,
-    /// 5 weights a byte, 1.6 bits a weight: smaller on disk, slower to multiply with.
+    /// 5 weights a byte, 1.6 bits a weight: smaller, slower to multiply with on most processors.
     T5,
 }
 

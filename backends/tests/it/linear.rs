@@ -59,6 +59,10 @@ proptest! {
             let expected = naive(&weights, matrix, &x);
             for kernels in all_kernels() {
                 assert_same(&run(kernels, &weights, matrix, &x), &expected, &format!("{} {layout:?}", kernels.isa()));
+                // A token alone may have a kernel of its own.
+                for (x, expected) in x.chunks(layout.in_features).zip(expected.chunks(layout.rows)).take(2) {
+                    assert_same(&run(kernels, &weights, matrix, x), expected, &format!("{} alone {layout:?}", kernels.isa()));
+                }
             }
         }
     }
@@ -113,8 +117,8 @@ fn odd_tokens_agree_with_plain_burn() {
 
 #[test]
 fn the_widest_row_with_the_largest_values_is_exact() {
-    for group_size in [None, Some(64)] {
-        let layout = TernaryLayout { group_size, ..layout(CodeFormat::T2, 2, MAX_IN_FEATURES) };
+    for (format, group_size) in CodeFormat::ALL.into_iter().flat_map(|format| [(format, None), (format, Some(64))]) {
+        let layout = TernaryLayout { group_size, ..layout(format, 2, MAX_IN_FEATURES) };
         let mut weights = Weights::new(layout, 1);
         weights.trits[..MAX_IN_FEATURES].fill(1);
         weights.trits[MAX_IN_FEATURES..].fill(-1);
