@@ -23,6 +23,9 @@
 //! [`TernaryBackend`](backends::TernaryBackend) implementation.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+#[cfg(feature = "cli")]
+extern crate self as ternoss;
+
 pub use ternoss_backends as backends;
 #[cfg(feature = "calib")]
 pub use ternoss_calib as calib;
@@ -31,6 +34,9 @@ pub use ternoss_quant as quant;
 
 #[cfg(feature = "hub")]
 pub mod hub;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod program;
 
 /// The backend the `ternoss` program computes on unless another is chosen.
 #[cfg(feature = "flex")]

@@ -21,7 +21,7 @@ use super::{
     results::figure,
     row::{Figures, Operations},
 };
-use crate::backend::{Backend, Found};
+use crate::program::backend::{Backend, Found};
 
 /// How long one backend may take.
 const LIMIT: Duration = Duration::from_secs(600);

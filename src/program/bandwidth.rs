@@ -1,10 +1,9 @@
-//! What the machine can do, and what this process takes of it.
+//! How fast the machine reads memory.
+#![cfg_attr(test, allow(dead_code, reason = "what calls it is not built for these tests"))]
 
 use std::{hint::black_box, time::Instant};
 
 use rayon::ThreadPool;
-use serde::Serialize;
-use ternoss::backends::mapped::process_memory;
 
 /// Bytes that are read to measure the bandwidth: many times what caches hold.
 const BUFFER_BYTES: usize = 512 << 20;
@@ -16,7 +15,7 @@ const PASSES: usize = 7;
 const LANES: usize = 16;
 
 /// Gigabytes a second that the threads of each pool read from memory together.
-pub(super) fn read_bandwidth(pools: &[ThreadPool]) -> Vec<f64> {
+pub(crate) fn read_bandwidth(pools: &[ThreadPool]) -> Vec<f64> {
     let buffer = vec![1u64; BUFFER_BYTES / size_of::<u64>()];
     pools.iter().map(|pool| read_pass(pool, &buffer)).collect()
 }
@@ -43,28 +42,6 @@ fn sum(numbers: &[u64]) -> u64 {
         }
     }
     lanes.iter().fold(rest, |sum, lane| sum.wrapping_add(*lane))
-}
-
-/// Memory of this process, in bytes.
-#[derive(Clone, Copy, Serialize)]
-pub(super) struct Memory {
-    /// The most that was ever resident, mapped files included.
-    pub(super) peak_resident_bytes: u64,
-    /// What is resident of mapped files.
-    pub(super) mapped_bytes: u64,
-    /// What is resident and no file: everything that was allocated.
-    pub(super) anonymous_bytes: u64,
-}
-
-impl Memory {
-    /// As the system tells it, where it does (Linux).
-    pub(super) fn now() -> Option<Self> {
-        Some(Self {
-            peak_resident_bytes: process_memory("VmHWM")?,
-            mapped_bytes: process_memory("RssFile")?,
-            anonymous_bytes: process_memory("RssAnon")?,
-        })
-    }
 }
 
 #[cfg(test)]

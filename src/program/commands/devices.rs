@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use ternoss::backends::{cpu::Isa, mapped::machine_memory};
 
 use super::bytes;
-use crate::backend::{Backend, Found, Unavailable};
+use crate::program::backend::{Backend, Found, Unavailable};
 
 /// List what can compute on this machine, and why the rest cannot
 #[derive(Args)]

@@ -16,7 +16,7 @@ use ternoss::{
 };
 
 use super::{CALIBRATION, bytes, quantize::with_progress};
-use crate::{
+use crate::program::{
     backend::BackendArgs,
     progress::{Progress, Unit},
 };
@@ -38,7 +38,7 @@ pub(crate) struct DemoArgs {
 
 macro_rules! shipped {
     ($file:literal) => {
-        ($file, include_bytes!(concat!("../../examples/tiny-gpt-oss/", $file)).as_slice())
+        ($file, include_bytes!(concat!("../../../examples/tiny-gpt-oss/", $file)).as_slice())
     };
 }
 
@@ -52,7 +52,7 @@ const MODEL: [(&str, &[u8]); 5] = [
 ];
 
 /// The opening of "Persuasion", which the model was not trained on.
-const TEXT: &str = include_str!("../../examples/text/prose_test.txt");
+const TEXT: &str = include_str!("../../../examples/text/prose_test.txt");
 
 /// Tokens of text that the ternary model is calibrated on.
 const CALIBRATION_TOKENS: usize = 65_536;

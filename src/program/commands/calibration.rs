@@ -16,10 +16,10 @@ use ternoss::{
 };
 
 use super::{CALIBRATION, ModelArgs, stop_tokens, tokenizer};
-use crate::progress::{Progress, Unit};
+use crate::program::progress::{Progress, Unit};
 
 /// What the model is asked when it writes the text itself, a prompt a line.
-const PROMPTS: &str = include_str!("../../examples/text/seed_prompts.txt");
+const PROMPTS: &str = include_str!("../../../examples/text/seed_prompts.txt");
 
 /// What stands for the model's own text in place of a file.
 const OWN: &str = "self";

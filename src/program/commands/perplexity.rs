@@ -12,7 +12,7 @@ use ternoss::{
 };
 
 use super::{ModelArgs, tokenizer};
-use crate::progress::{Progress, Unit};
+use crate::program::progress::{Progress, Unit};
 
 /// Measure perplexity on a text
 ///

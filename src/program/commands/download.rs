@@ -7,7 +7,7 @@ use clap::Args;
 use ternoss::hub::{Hub, ModelId};
 
 use super::bytes;
-use crate::progress::{Progress, Unit};
+use crate::program::progress::{Progress, Unit};
 
 /// Fetch a model from the Hugging Face hub, and print its folder
 ///

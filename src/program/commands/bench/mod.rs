@@ -22,11 +22,12 @@ use ternoss::{
 };
 
 use super::ModelArgs;
-use crate::{
+use crate::program::{
     backend::guarded,
+    bandwidth::read_bandwidth,
     progress::{Progress, Unit},
 };
-use machine::{Memory, read_bandwidth};
+use machine::Memory;
 use measure::{Bench, bytes_a_token, load};
 use results::{Bandwidth, Results};
 use row::print_row;

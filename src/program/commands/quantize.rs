@@ -7,16 +7,19 @@ use burn::tensor::Device;
 use clap::Args;
 use ternoss::{
     backends::{CodeFormat, TernaryBackend},
-    calib::{self, DISTILLATION_RATE, Method, QuantizeOptions, Steps, check, quantize},
+    calib::{self, ACTIVATION_MEMORY, DISTILLATION_RATE, Method, QuantizeOptions, Steps, check, quantize},
     model::{Checkpoint, GptOssConfig},
     quant::{Granularity, TernaryConfig},
 };
 
 use super::{
-    ModelArgs, byte_size,
+    ModelArgs,
     calibration::{self, CalibrationArgs},
 };
-use crate::progress::{Progress, Unit};
+use crate::program::{
+    byte_size::byte_size,
+    progress::{Progress, Unit},
+};
 
 /// Make a model ternary and write it to a folder
 ///
@@ -186,27 +189,5 @@ fn chosen(options: &QuantizeOptions, config: &GptOssConfig) -> String {
     format!("to fit that size: embedding and output layer {tables}, {kept} of {all} experts a layer")
 }
 
-#[cfg(test)]
-mod tests {
-    use clap::Parser;
-    use ternoss::calib::ACTIVATION_MEMORY;
-
-    use super::*;
-
-    #[derive(Parser)]
-    struct Program {
-        #[command(flatten)]
-        args: QuantizeArgs,
-    }
-
-    #[test]
-    fn the_memory_for_activations_is_the_librarys_unless_given() {
-        let memory = |more: &[&str]| {
-            let words = [&["quantize", "--model", "model", "--output", "output"], more].concat();
-            Program::try_parse_from(words).map(|program| program.args.activation_memory).ok()
-        };
-        assert_eq!(memory(&[]), Some(ACTIVATION_MEMORY));
-        assert_eq!(memory(&["--activation-memory", "1.5MiB"]), Some(3 << 19));
-        assert_eq!(memory(&["--activation-memory", "much"]), None);
-    }
-}
+// What `--activation-memory` says by itself.
+const _: () = assert!(ACTIVATION_MEMORY == 2_000_000_000);

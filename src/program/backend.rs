@@ -254,14 +254,14 @@ fn cuda() -> Result<Chosen, Reason> {
 macro_rules! on_backend {
     ($backend:expr, $work:ident($($argument:expr),*)) => {
         match $backend.choose()? {
-            $crate::backend::Chosen::Flex => $work::<ternoss::Cpu>($($argument,)* &Default::default()),
-            $crate::backend::Chosen::Ndarray => $work::<ternoss::NdArray>($($argument,)* &Default::default()),
+            $crate::program::backend::Chosen::Flex => $work::<ternoss::Cpu>($($argument,)* &Default::default()),
+            $crate::program::backend::Chosen::Ndarray => $work::<ternoss::NdArray>($($argument,)* &Default::default()),
             #[cfg(feature = "wgpu")]
-            $crate::backend::Chosen::Wgpu(gpu) => $crate::backend::guarded($crate::backend::Backend::Wgpu, || {
+            $crate::program::backend::Chosen::Wgpu(gpu) => $crate::program::backend::guarded($crate::program::backend::Backend::Wgpu, || {
                 $work::<ternoss::backends::cube::Wgpu>($($argument,)* &gpu.device)
             }),
             #[cfg(feature = "cuda")]
-            $crate::backend::Chosen::Cuda(gpu) => $crate::backend::guarded($crate::backend::Backend::Cuda, || {
+            $crate::program::backend::Chosen::Cuda(gpu) => $crate::program::backend::guarded($crate::program::backend::Backend::Cuda, || {
                 $work::<ternoss::backends::cube::Cuda>($($argument,)* &gpu.device)
             }),
         }

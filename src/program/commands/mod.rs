@@ -35,10 +35,10 @@ use ternoss::{
     },
 };
 
-use crate::backend::BackendArgs;
+use crate::program::{backend::BackendArgs, byte_size::byte_size};
 
 /// The text to calibrate on unless another is given: the openings of "Emma" and of some encyclopedia articles.
-const CALIBRATION: &str = include_str!("../../examples/text/calibration.txt");
+const CALIBRATION: &str = include_str!("../../../examples/text/calibration.txt");
 
 /// Which model, and how it is held in memory.
 #[derive(Args)]
@@ -86,7 +86,7 @@ impl ModelArgs {
     }
 
     /// What computes.
-    fn backend(&self) -> crate::backend::Backend {
+    fn backend(&self) -> crate::program::backend::Backend {
         self.compute.backend
     }
 
@@ -172,43 +172,5 @@ fn token_ids(text: &str) -> Result<Vec<u32>, String> {
     match text.trim() {
         "" => Ok(Vec::new()),
         ids => ids.split(',').map(parse).collect(),
-    }
-}
-
-/// Parses `1.5GB`, `700 MiB` or plain bytes.
-fn byte_size(text: &str) -> Result<u64, String> {
-    let text = text.trim();
-    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let factor = match unit.to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "kb" => 1e3,
-        "mb" => 1e6,
-        "gb" => 1e9,
-        "tb" => 1e12,
-        "kib" => f64::from(1u32 << 10),
-        "mib" => f64::from(1u32 << 20),
-        "gib" => f64::from(1u32 << 30),
-        _ => return Err(format!("unknown unit {unit:?}, expected B, kB, MB, GB, TB, KiB, MiB or GiB")),
-    };
-    match number.trim().parse::<f64>() {
-        Ok(number) if number.is_finite() && number > 0.0 => Ok((number * factor) as u64),
-        _ => Err(format!("{text:?} is no size: expected one such as 1.5GB")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_read_as_they_are_written() {
-        let known = [("1.5GB", 1_500_000_000), ("1GiB", 1 << 30), ("700 mb", 700_000_000), ("12", 12), ("2kB", 2000)];
-        for (text, expected) in known {
-            assert_eq!(byte_size(text), Ok(expected), "{text}");
-        }
-        for text in ["", "GB", "-1GB", "1.5XB", "1,5GB", "NaN", "inf", "0"] {
-            assert!(byte_size(text).is_err(), "{text}");
-        }
     }
 }

@@ -19,7 +19,7 @@ use ternoss::{
     quant::{PackedTernary, mxfp4},
 };
 
-use crate::progress::{Progress, Unit};
+use crate::program::progress::{Progress, Unit};
 
 /// Write a model with random weights in the real layout, for tests of size and speed
 #[derive(Args)]

@@ -16,7 +16,7 @@ use super::{
     ModelArgs, Plan,
     results::{Decode, Prefill},
 };
-use crate::progress::Progress;
+use crate::program::progress::Progress;
 
 /// Seconds, as medians.
 pub(super) struct LoadTimes {

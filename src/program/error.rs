@@ -6,7 +6,7 @@ use ternoss::calib::CalibError;
 use ternoss::hub::HubError;
 use ternoss::model::{CheckpointError, harmony::HarmonyError};
 
-use crate::backend::Unavailable;
+use crate::program::backend::Unavailable;
 
 /// Prints an error and its hint to stderr. A reader that went away (`ternoss generate | head`) is no error.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {

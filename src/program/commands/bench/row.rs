@@ -22,7 +22,7 @@ use super::{
     measure::{Bench, load},
     quantized::with_burns_linears,
 };
-use crate::progress::{Progress, Unit};
+use crate::program::progress::{Progress, Unit};
 
 /// Tokens whose logits are compared.
 const COMPARED: usize = 16;
