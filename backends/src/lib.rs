@@ -10,6 +10,29 @@
 //! A backend is registered by a feature: `flex` and `ndarray` share the CPU kernels; `autodiff` adds gradients to
 //! whatever it wraps. Results do not depend on the number of threads, on the instruction set, or on what else is in a
 //! batch: see the notes of each operation.
+//!
+//! ```
+//! use burn::tensor::{Int, Tensor, TensorData};
+//! use ternoss_backends::{CodeFormat, TernaryLayout, TernaryWeight, ternary_linear};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // One matrix of two rows of three weights, packed, with a scale a row.
+//! let format = CodeFormat::T2;
+//! let layout = TernaryLayout { format, matrices: 1, planes: 1, rows: 2, in_features: 3, group_size: None, rotation: None };
+//! let words = layout.words_per_row();
+//! let mut codes = vec![0; 2 * words];
+//! for (trits, row) in [[1, 0, -1], [1, 1, 1]].iter().zip(codes.chunks_mut(words)) {
+//!     format.pack_row(trits, row);
+//! }
+//! let device = Default::default();
+//! let codes = Tensor::<B, 4, Int>::from_data(TensorData::new(codes, [1, 1, 2, words]), (&device, burn::tensor::DType::U32));
+//! let scales = Tensor::from_data([[[0.5, 2.0]]], &device);
+//! let weight = TernaryWeight::new(codes, scales, None, layout)?;
+//! let y = ternary_linear(Tensor::<B, 2>::from_data([[127.0, 1.0, 2.0]], &device), &weight, 0);
+//! assert_eq!(y.into_data().into_vec::<f32>()?, [62.5, 260.0]);
+//! # Ok(()) }
+//! ```
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 #[cfg(target_endian = "big")]

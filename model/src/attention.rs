@@ -1,4 +1,24 @@
 //! Grouped-query attention with learned sinks and an optional sliding window.
+//!
+//! ```
+//! use burn::tensor::Tensor;
+//! use ternoss_model::{Checkpoint, LoadOptions, cache::LayerCache, layer::Layer, rope::RotaryEmbedding};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let (config, device) = (checkpoint.config(), Default::default());
+//! let layer = Layer::<B>::load(&checkpoint, 0, LoadOptions::default(), &device)?;
+//! // Three tokens at the positions 0 to 2, then one that sees them.
+//! let rope = RotaryEmbedding::new(&config.rope, config.head_dim);
+//! let mut cache = LayerCache::new(config.window(0));
+//! for (tokens, positions) in [(3, 0..3), (1, 3..4)] {
+//!     let x = Tensor::ones([tokens, config.hidden_size], &device);
+//!     let y = layer.self_attn.forward(x, &rope.tables(positions, &device), &mut cache);
+//!     assert_eq!(y.dims(), [tokens, config.hidden_size]);
+//! }
+//! # Ok(()) }
+//! ```
 
 use burn::{
     module::{Module, Param},

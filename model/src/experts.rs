@@ -1,4 +1,19 @@
 //! The experts: clamped SwiGLU networks of which every token uses a few.
+//!
+//! ```
+//! use burn::tensor::Tensor;
+//! use ternoss_model::{Checkpoint, LoadOptions, layer::Layer};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let layer = Layer::<B>::load(&checkpoint, 0, LoadOptions::default(), &Default::default())?;
+//! let x = Tensor::ones([3, checkpoint.config().hidden_size], &Default::default());
+//! let routing = layer.mlp.router.forward(x.clone());
+//! assert_eq!(routing.indices.dims(), [3, checkpoint.config().experts_per_token]);
+//! assert_eq!(layer.mlp.experts.forward(x.clone(), routing).dims(), x.dims());
+//! # Ok(()) }
+//! ```
 
 use burn::{
     module::{Module, Param},

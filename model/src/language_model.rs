@@ -1,4 +1,21 @@
 //! What generation and perplexity need of a model, whether it is whole or on two backends.
+//!
+//! ```
+//! use ternoss_model::{Checkpoint, GptOss, LanguageModel, LoadOptions, language_model::SequenceCache};
+//!
+//! /// How many tokens a model has seen of a text; the same code for every kind of model.
+//! fn seen<M: LanguageModel>(model: &M, text: &[u32]) -> Result<usize, Box<dyn std::error::Error>> {
+//!     let mut cache = model.new_cache();
+//!     model.hidden_of(text, &mut cache)?;
+//!     Ok(cache.position())
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let model = GptOss::<burn_flex::Flex>::load(&checkpoint, LoadOptions::default(), &Default::default())?;
+//! assert_eq!(seen(&model, &[1, 2, 3])?, 3);
+//! # Ok(()) }
+//! ```
 
 use std::ops::ControlFlow;
 

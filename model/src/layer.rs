@@ -1,4 +1,24 @@
 //! One transformer layer: attention, then experts, each on the normed residual stream and added back to it.
+//!
+//! ```
+//! use burn::tensor::Tensor;
+//! use ternoss_model::{Checkpoint, LoadOptions, cache::LayerCache, layer::Layer, rope::RotaryEmbedding};
+//! use ternoss_quant::TernaryConfig;
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let (config, device) = (checkpoint.config(), Default::default());
+//! let layer = Layer::<B>::load(&checkpoint, 0, LoadOptions::default(), &device)?;
+//! let rope = RotaryEmbedding::new(&config.rope, config.head_dim).tables(0..3, &device);
+//! let x = Tensor::ones([3, config.hidden_size], &device);
+//! // The same layer, with every linear rounded to trits.
+//! for layer in [layer.to_ternary(&TernaryConfig::default())?, layer] {
+//!     let y = layer.forward(x.clone(), &rope, &mut LayerCache::new(config.window(0)));
+//!     assert_eq!(y.dims(), x.dims());
+//! }
+//! # Ok(()) }
+//! ```
 
 use burn::{
     module::Module,

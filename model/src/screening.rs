@@ -3,6 +3,36 @@
 //! Every logit has an upper bound that is cheap. The logits with the highest bounds are computed first, in batches that
 //! double; what was found gives a threshold below which no logit can matter, and the search ends when all bounds that are left
 //! are below it. What is found is exact, so the choice is that of the full computation, unless a bound is wrong.
+//!
+//! ```
+//! use ternoss_model::{sampling::{Sampler, SamplingConfig}, screening::LazyLogits};
+//!
+//! /// Logits whose bounds are one too high.
+//! struct Known { logits: Vec<f32>, bounds: Vec<f32> }
+//!
+//! impl LazyLogits for Known {
+//!     fn bounds(&self) -> &[f32] {
+//!         &self.bounds
+//!     }
+//!
+//!     fn exact(&self, tokens: &[u32]) -> Vec<f32> {
+//!         tokens.iter().map(|token| self.logits[*token as usize]).collect()
+//!     }
+//!
+//!     fn all(&self) -> Vec<f32> {
+//!         self.logits.clone()
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let logits: Vec<f32> = (0..100).map(|i| -((i - 42) as f32).abs()).collect();
+//! let known = Known { bounds: logits.iter().map(|logit| logit + 1.0).collect(), logits };
+//! let mut sampler = Sampler::new(SamplingConfig::greedy())?;
+//! assert_eq!(sampler.sample_screened(&known, &[])?, 42);
+//! // Sixteen of the hundred were looked at.
+//! assert_eq!(sampler.computed().mean(), Some(16.0));
+//! # Ok(()) }
+//! ```
 
 use std::collections::BTreeSet;
 

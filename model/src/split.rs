@@ -1,5 +1,24 @@
 //! A model on two backends: its first layers on one, such as a GPU whose memory does not hold them all, everything else on
 //! the other.
+//!
+//! ```
+//! use std::ops::ControlFlow;
+//! use ternoss_model::{Checkpoint, LanguageModel, LoadOptions, SplitModel, StopRules, sampling::{Sampler, SamplingConfig}};
+//! // On a GPU: `ternoss_backends::cube::Wgpu`.
+//! type Fast = burn_flex::Flex;
+//! type Large = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let devices = (&Default::default(), &Default::default());
+//! let model = SplitModel::<Fast, Large>::load(&checkpoint, LoadOptions::default(), 3, devices)?;
+//! assert_eq!(model.first_layers(), 3);
+//! let mut sampler = Sampler::new(SamplingConfig::greedy())?;
+//! let rules = StopRules { max_tokens: 4, stop_tokens: vec![] };
+//! let next = |_| ControlFlow::Continue(());
+//! assert_eq!(model.generate(&[1, 2, 3], &mut model.new_cache(), &mut sampler, &rules, next)?.len(), 4);
+//! # Ok(()) }
+//! ```
 
 use burn::tensor::{Tensor, backend::Backend};
 use ternoss_backends::{KvFormat, TernaryBackend};

@@ -1,4 +1,24 @@
 //! The embedding and the output layer: frozen matrices, as the checkpoint stores them or ternary.
+//!
+//! ```
+//! use burn::tensor::Tensor;
+//! use ternoss_model::{Checkpoint, screening::LazyLogits, table::{Screening, Table}};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref())?;
+//! let device = Default::default();
+//! let x = Table::<B>::embedding(&checkpoint, &device)?.embed(Tensor::from_data([5, 7], &device));
+//! let output = Table::<B>::output(&checkpoint, &device)?.with_screening(Screening::Always);
+//! let logits = output.logits(x.clone());
+//! assert_eq!(logits.dims(), [2, output.rows()]);
+//! // Bounds of all logits at a fraction of the bytes, and single logits with the same bits.
+//! let screened = output.screened(&x).ok_or("no kernels for it")?;
+//! let logits = logits.into_data().into_vec::<f32>()?;
+//! assert_eq!(screened[0].exact(&[9]), [logits[9]]);
+//! assert!(screened[0].bounds()[9] >= logits[9]);
+//! # Ok(()) }
+//! ```
 
 use std::sync::{Arc, OnceLock};
 

@@ -1,4 +1,15 @@
 //! SVG written by hand: texts, rectangles, paths, and the pieces that pictures of results are drawn with.
+//!
+//! ```
+//! use ternoss_calib::canvas::{Canvas, Font, MARGIN};
+//!
+//! let mut canvas = Canvas::new();
+//! canvas.heading("Speed", "tokens a second");
+//! canvas.text(MARGIN, canvas.bottom + 20.0, Font::BODY, "17 < 24");
+//! canvas.bottom += 40.0;
+//! let svg = canvas.finish("Speed");
+//! assert!(svg.starts_with("<svg") && svg.contains("17 &lt; 24"));
+//! ```
 
 use std::fmt::Write;
 

@@ -6,6 +6,25 @@
 //!
 //! This is a measured alternative, and not what [`linear`](super::linear) does: multiplying is faster in all but one case (the
 //! table stands in [`cpu`](super)), and needs neither another copy of the weights nor tables.
+//!
+//! ```
+//! use ternoss_backends::{CodeFormat, TernaryLayout, cpu::{Kernels, TernaryMatrices, lookup::{LookupRows, Tables, ternary_linear}, tokens::Tokens}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let layout = TernaryLayout { format: CodeFormat::T2, matrices: 1, planes: 1, rows: 2, in_features: 3, group_size: None, rotation: None };
+//! let mut codes = vec![0; 2 * layout.words_per_row()];
+//! for (trits, row) in [[1, 0, -1], [1, 1, 1]].iter().zip(codes.chunks_mut(layout.words_per_row())) {
+//!     layout.format.pack_row(trits, row);
+//! }
+//! let kernels = Kernels::detect();
+//! let rows = TernaryMatrices::new(layout, &codes, &[0.5, 2.0], None)?.matrix(0).ok_or("no matrix")?;
+//! let tokens = Tokens::quantize(kernels, &[127.0, 1.0, 2.0], 3, None);
+//! let mut out = [0.0; 2];
+//! let rows = LookupRows::new(&rows).ok_or("not t2")?;
+//! ternary_linear(kernels, &rows, &Tables::new(&tokens), &mut out)?;
+//! assert_eq!(out, [62.5, 260.0]);
+//! # Ok(()) }
+//! ```
 
 use super::{
     Kernels, TernaryRows,

@@ -1,4 +1,20 @@
 //! What stands between the products of a layer: its norms, and which experts a token goes to.
+//!
+//! ```
+//! use ternoss_backends::cpu::{Kernels, routing::{rms_norm, route}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let kernels = Kernels::detect();
+//! let (x, mut normed) = ([3.0, -3.0], [0.0; 2]);
+//! rms_norm(kernels, &x, &[1.0, 2.0], 0.0, &mut normed)?;
+//! assert_eq!(normed, [1.0, -2.0]);
+//!
+//! // Two inputs, three experts, of which the second is much the best.
+//! let weight = [0.0, 50.0, 0.0, 0.0, -50.0, 0.0];
+//! let (chosen, weights) = route(kernels, &x, &weight, &[0.0, 0.0, 1.0], 2)?;
+//! assert_eq!((chosen, weights), (vec![1, 2], vec![1.0, 0.0]));
+//! # Ok(()) }
+//! ```
 
 use super::{
     Kernels,

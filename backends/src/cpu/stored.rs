@@ -3,6 +3,19 @@
 //! The order of a dot product is fixed: lane `l` of [`LANES`] sums the elements `l, l + 16, l + 32, ..` one after the other
 //! with fused multiply-adds, the row being padded with zeros to whole lanes; then the upper half of the lanes is added to
 //! the lower half until one is left. Every instruction set does exactly this, whatever the batch and the threads.
+//!
+//! ```
+//! use ternoss_backends::{StoredFloat, cpu::{Kernels, stored::{StoredRows, stored_linear}}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (float, mut words) = (StoredFloat::Bf16, [0; 2]);
+//! float.encode(&[1.0, 2.0, 3.0, 4.0], &mut words);
+//! let matrix = StoredRows::new(&words, 2, 2, float)?;
+//! let mut out = [0.0; 2];
+//! stored_linear(Kernels::detect(), &matrix, &[10.0, 1.0], 1, &mut out)?;
+//! assert_eq!(out, [12.0, 34.0]);
+//! # Ok(()) }
+//! ```
 
 use super::{
     Kernels,
