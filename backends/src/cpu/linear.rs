@@ -3,7 +3,7 @@
 //! A product is cut by rows among the threads. A thread takes [`ROW_TILE`] rows at a time, which fit its cache, brings them
 //! into the one form the kernels know (t2 codes, a scale a block), and passes them by [`TOKEN_TILE`] tokens at a time, whose
 //! activations stay in the first cache level. So a row is read from memory once, whatever the batch. A token alone may be
-//! multiplied with t5 as it lies: see [`t5`](super::t5).
+//! multiplied with t5 as it lies: see `t5.rs`.
 //!
 //! ```
 //! use ternoss_backends::{CodeFormat, TernaryLayout, cpu::{Kernels, TernaryMatrices, linear::ternary_linear, tokens::Tokens}};

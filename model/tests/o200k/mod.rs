@@ -47,10 +47,18 @@ fn read_ranks() -> HashMap<Vec<u8>, u32> {
         .collect()
 }
 
+/// The platform that the compiler runs on.
+fn host() -> String {
+    let output = Command::new("rustc").arg("-vV").output().unwrap();
+    let version = String::from_utf8(output.stdout).unwrap();
+    version.lines().find_map(|line| line.strip_prefix("host: ")).unwrap().into()
+}
+
 /// The ranks inside the sources of the crate `tiktoken-rs`.
 fn ranks_file() -> PathBuf {
+    // Without a platform cargo asks for the packages of all, and only those that are built here are sure to be here.
     let output = Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version", "1", "--offline"])
+        .args(["metadata", "--format-version", "1", "--offline", "--filter-platform", &host()])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
         .unwrap();
