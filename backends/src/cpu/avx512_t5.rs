@@ -72,11 +72,12 @@ pub(super) fn available() -> bool {
 /// `totals[row]` of all rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
 pub(super) fn t5_totals(rows: &T5Rows<'_>, token: &Straight<'_>, totals: &mut [i32]) {
-    // What the unchecked loads of `row` rely on.
+    // This and the length of a row are what the unchecked loads of `row` rely on.
     rows.check(totals.len(), token);
     let tables = Tables::new();
     let codes = rows.codes.as_ptr().cast::<u8>();
     let bytes = rows.words * 4;
+    assert!(DIGITS * bytes / BLOCK + 2 <= SCALES, "a row no longer than the longest");
     let surplus: i32 = token.block_sums.iter().map(|sum| i32::from(*sum)).sum();
     let mut scales = [0; SCALES];
     for (r, total) in totals.iter_mut().enumerate() {

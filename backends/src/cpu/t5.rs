@@ -4,13 +4,15 @@
 //! A byte is `9 * upper + lower`, `upper` three digits and `lower` two; both index tables that fit a register. A digit of 64
 //! neighbouring bytes belongs to 64 neighbouring inputs, so one multiply-add takes it whole.
 
-use super::tokens::{self, QUAD, QUAD_BLOCKS, Quad, Token};
+use super::tokens::{QUAD, QUAD_BLOCKS, Quad, Token};
 use crate::format::BLOCK;
 
 /// Trits in a byte.
+#[cfg(target_arch = "x86_64")]
 pub(super) const DIGITS: usize = 5;
 
 /// Bytes that are taken together.
+#[cfg(target_arch = "x86_64")]
 pub(super) const STEP: usize = 64;
 
 /// Some t5 rows of a plane.
@@ -29,9 +31,9 @@ pub(super) struct T5Rows<'a> {
 /// One token in the order of its inputs.
 #[derive(Debug)]
 pub(super) struct Straight<'a> {
-    /// The activations; zeros after the last, for what a whole [`STEP`] reads past the end.
+    /// The activations; zeros after the last, for what a kernel that takes 64 bytes at a time reads past the end.
     quads: Vec<Quad>,
-    /// Sum of each block's activations, padded with zeros to a multiple of [`SUM_LANES`](tokens::SUM_LANES).
+    /// Sum of each block's activations, padded with zeros to a multiple of [`SUM_LANES`](super::tokens::SUM_LANES).
     pub(super) block_sums: &'a [i16],
 }
 
@@ -64,7 +66,7 @@ impl T5Rows<'_> {
         let last = rows.saturating_sub(1) * self.scale_stride;
         assert!(self.codes.len() >= rows * self.words, "codes of the rows");
         assert!(self.scales.is_none_or(|scales| scales.len() >= last + sums), "scales of the rows");
-        assert!(sums.is_multiple_of(tokens::SUM_LANES), "sums of whole vectors");
+        assert!(sums.is_multiple_of(super::tokens::SUM_LANES), "sums of whole vectors");
         let read = (DIGITS - 1) * bytes + bytes.next_multiple_of(STEP);
         assert!(token.activations().len() >= read, "activations of a token");
     }
