@@ -49,6 +49,10 @@ fn a_command_line_that_makes_no_sense_is_refused() {
         misused(&["quantize", "--model", model, "--output", "/nowhere", "--group-size", size], "--group-size");
     }
     misused(&["quantize", "--model", model, "--output", "/nowhere", "--format", "t3"], "t3");
+    misused(
+        &["quantize", "--model", model, "--output", "/nowhere", "--activation-memory", "much"],
+        "unknown unit \"much\"",
+    );
     misused(&["quantize", "--model", model, "--output", "/nowhere", "--method", "magic"], "magic");
     misused(&["synthesize", "--shape", "huge", "--format", "bf16", "--output", "/nowhere"], "huge");
     misused(&["turn-to-gold"], "turn-to-gold");

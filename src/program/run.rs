@@ -2,11 +2,12 @@
 
 use std::process::ExitCode;
 
+use clap::{Parser, Subcommand};
+
 use super::{
     commands::{ablation, bench, demo, devices, download, generate, inspect, logits, perplexity, quantize, synthesize},
     error,
 };
-use clap::{Parser, Subcommand};
 
 /// gpt-oss made ternary after training, and run on an ordinary CPU.
 #[derive(Parser)]

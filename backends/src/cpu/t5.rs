@@ -11,9 +11,9 @@ use crate::format::BLOCK;
 #[cfg(target_arch = "x86_64")]
 pub(super) const DIGITS: usize = 5;
 
-/// Bytes that are taken together.
+/// Bytes that are taken together: a digit of them has as many inputs as a block, and so one scale, or two.
 #[cfg(target_arch = "x86_64")]
-pub(super) const STEP: usize = 64;
+pub(super) const STEP: usize = BLOCK;
 
 /// Some t5 rows of a plane.
 #[derive(Debug, Clone, Copy)]

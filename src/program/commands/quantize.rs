@@ -21,6 +21,10 @@ use crate::program::{
     progress::{Progress, Unit},
 };
 
+/// [`ACTIVATION_MEMORY`] as people write it.
+const ACTIVATION_MEMORY_TEXT: &str = "2GB";
+const _: () = assert!(ACTIVATION_MEMORY == 2_000_000_000);
+
 /// Make a model ternary and write it to a folder
 ///
 /// Streams the checkpoint layer by layer. Without a calibration text (absmean) peak memory for gpt-oss-20b is 0.8 GB; with one,
@@ -72,7 +76,7 @@ pub(crate) struct QuantizeArgs {
     target_size: Option<u64>,
     /// Memory for what is kept of the calibration text, such as 500MB; the rest goes to disk, in the unfinished output. The
     /// result is the same
-    #[arg(long, value_name = "SIZE", default_value = "2GB", value_parser = byte_size)]
+    #[arg(long, value_name = "SIZE", default_value = ACTIVATION_MEMORY_TEXT, value_parser = byte_size)]
     activation_memory: u64,
     /// Replace the output folder if it exists
     #[arg(long)]
@@ -188,6 +192,3 @@ fn chosen(options: &QuantizeOptions, config: &GptOssConfig) -> String {
     let kept = options.keep_experts.unwrap_or(all);
     format!("to fit that size: embedding and output layer {tables}, {kept} of {all} experts a layer")
 }
-
-// What `--activation-memory` says by itself.
-const _: () = assert!(ACTIVATION_MEMORY == 2_000_000_000);
