@@ -18,6 +18,8 @@ use crate::{
 };
 
 impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C> {
+    const PROMPT_TOKENS: usize = B::PROMPT_TOKENS;
+
     fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
         let x = x.into_primitive().tensor();
         let row_scales = weight.row_scales.clone().into_primitive().tensor();

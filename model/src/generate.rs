@@ -40,9 +40,6 @@ pub enum GenerateError {
     Sampling(#[from] SamplingError),
 }
 
-/// Prompt tokens that go through the model at once: bounds the memory of a long prompt.
-pub const PREFILL_CHUNK: usize = 512;
-
 /// When to stop.
 #[derive(Clone, Debug, Default)]
 pub struct StopRules {

@@ -25,7 +25,7 @@ use ternoss_backends::TernaryBackend;
 use crate::{
     GenerateError, GptOss, KvCache, Perplexity, PerplexityError, StopRules, TokenOutOfRange,
     draft::Drafter,
-    generate::{PREFILL_CHUNK, Writing},
+    generate::Writing,
     perplexity::{Agreement, Comparison, rows_at_once, windows},
     sampling::Sampler,
 };
@@ -142,7 +142,7 @@ pub trait LanguageModel {
         self.last_part().tokens(prompt)?;
         Self::Output::session(|| {
             let mut last = None;
-            for chunk in prompt.chunks(PREFILL_CHUNK) {
+            for chunk in prompt.chunks(Self::Output::PROMPT_TOKENS) {
                 last = Some(self.hidden_of(chunk, cache)?);
             }
             let hidden = last.ok_or(GenerateError::EmptyPrompt)?;

@@ -30,7 +30,6 @@ use crate::{
     GptOss, KvCache,
     checkpoint::ExpertMatrix,
     experts::{Experts, StreamedExperts},
-    generate::PREFILL_CHUNK,
     layer::{Layer, apply_norm},
     table::Table,
 };
@@ -92,15 +91,16 @@ impl<B: TernaryBackend> GptOss<B> {
         let output = self.lm_head.screen_bytes().unwrap_or_else(|| whole(&self.lm_head));
         Traffic { output, ..self.pass(context, 1) }
     }
+
+    /// What [`prefill`](Self::prefill) reads for a prompt of `tokens`: every weight once a chunk, the output layer once.
+    pub fn prefill_traffic(&self, tokens: usize) -> Traffic {
+        let chunks = (0..tokens).step_by(B::PROMPT_TOKENS);
+        let passes = chunks.map(|first| self.pass(first, B::PROMPT_TOKENS.min(tokens - first)));
+        passes.sum::<Traffic>() + Traffic { output: whole(&self.lm_head), ..Traffic::default() }
+    }
 }
 
 impl<B: Backend> GptOss<B> {
-    /// What [`prefill`](Self::prefill) reads for a prompt of `tokens`: every weight once a chunk, the output layer once.
-    pub fn prefill_traffic(&self, tokens: usize) -> Traffic {
-        let chunks = (0..tokens).step_by(PREFILL_CHUNK);
-        let passes = chunks.map(|first| self.pass(first, PREFILL_CHUNK.min(tokens - first)));
-        passes.sum::<Traffic>() + Traffic { output: whole(&self.lm_head), ..Traffic::default() }
-    }
 
     /// All but the output layer, for `tokens` that go through the model at once, `context` others before them.
     fn pass(&self, context: usize, tokens: usize) -> Traffic {

@@ -7,80 +7,76 @@ use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElemen
 use cubecl::prelude::*;
 
 use super::{
+    attention_tiles,
     buffer::{floats, room, tensor},
-    device::{Join, joined},
 };
 use crate::ops::{LayerCache, Ring};
 
-/// Units of a cube: keys that are looked at together.
-const UNITS: u32 = 128;
-/// Tokens from which on the query heads of a key head share a cube, and with it the keys and values.
-const SHARED: usize = 16;
-/// Query heads that share a cube at most.
-const MOST_SHARED: usize = 8;
+/// Units of a cube.
+const UNITS: u32 = 256;
+/// Units that share a key's score.
+const SHARERS: u32 = 4;
+/// Keys that are looked at together.
+const KEYS: u32 = UNITS / SHARERS;
 
 /// Slots of the smallest ring.
 const LEAST_SLOTS: usize = 256;
 /// Cubes in one direction of a launch, below what every device allows.
 const MOST_CUBES: usize = 1 << 15;
 
-/// Rotates queries `[tokens, heads * head_dim]` by `cos` and `sin` `[tokens, head_dim / 2]`, into a new buffer or at their
-/// places in a ring of keys; or copies values into theirs, without rotation.
-fn place<R: CubeRuntime>(
-    x: CubeTensor<R>,
-    tables: Option<&[CubeTensor<R>; 2]>,
-    head_dim: usize,
-    into: &CubeTensor<R>,
-    position: usize,
-) {
-    let [tokens, width] = [x.meta.shape()[0], x.meta.shape()[1]];
-    let slots = into.meta.shape()[0];
-    let [cos, sin] = tables.cloned().unwrap_or_else(|| [x.clone(), x.clone()]);
-    place_kernel::launch::<R>(
-        &x.client.clone(),
-        CubeCount::Static((width as u32 / 2).div_ceil(UNITS), tokens as u32, 1),
-        CubeDim::new_1d(UNITS),
-        x.into_array_arg(),
-        cos.into_array_arg(),
-        sin.into_array_arg(),
-        into.clone().into_array_arg(),
-        width as u32,
-        head_dim as u32 / 2,
-        position as u32,
-        slots as u32,
-        tables.is_some(),
-    );
-}
-
-/// A unit moves one pair of numbers of a token to the slot of its position.
+/// Rotates queries and keys, and puts the queries into `turned`, keys and values at the slots of their positions. A unit moves
+/// one pair of numbers of a token.
 #[cube(launch)]
-fn place_kernel(
-    x: &Array<f32>,
+fn place(
+    q: &Array<f32>,
+    k: &Array<f32>,
+    v: &Array<f32>,
     cos: &Array<f32>,
     sin: &Array<f32>,
-    out: &mut Array<f32>,
+    turned: &mut Array<f32>,
+    keys: &mut Array<f32>,
+    values: &mut Array<f32>,
+    q_width: u32,
     width: u32,
     half: u32,
     position: u32,
     slots: u32,
-    #[comptime] rotated: bool,
 ) {
     let (pair, token) = (CUBE_POS_X * UNITS + UNIT_POS, CUBE_POS_Y);
-    if pair >= width / 2 {
-        terminate!();
+    let slot = (position + token) % slots;
+    let (queries, entries) = (q_width / 2, width / 2);
+    if pair < queries {
+        turn(q, cos, sin, turned, pair, token, q_width, token, half);
+    } else if pair < queries + entries {
+        turn(k, cos, sin, keys, pair - queries, token, width, slot, half);
+    } else if pair < queries + 2 * entries {
+        let first = 2 * (pair - queries - entries);
+        #[unroll]
+        for n in 0..2u32 {
+            values[(slot * width + first + n) as usize] = v[(token * width + first + n) as usize];
+        }
     }
+}
+
+/// Rotates one pair of a token's numbers `[tokens, width]` into row `to` of `out`.
+#[cube]
+fn turn(
+    x: &Array<f32>,
+    cos: &Array<f32>,
+    sin: &Array<f32>,
+    out: &mut Array<f32>,
+    pair: u32,
+    token: u32,
+    width: u32,
+    to: u32,
+    half: u32,
+) {
     let first = pair / half * 2 * half + pair % half;
-    let at = token * width + first;
-    let (mut a, mut b) = (x[at as usize], x[(at + half) as usize]);
-    if comptime!(rotated) {
-        let (cos, sin) = (cos[(token * half + pair % half) as usize], sin[(token * half + pair % half) as usize]);
-        let turned = a * cos - b * sin;
-        b = b * cos + a * sin;
-        a = turned;
-    }
-    let to = (position + token) % slots * width + first;
-    out[to as usize] = a;
-    out[(to + half) as usize] = b;
+    let (a, b) = (x[(token * width + first) as usize], x[(token * width + first + half) as usize]);
+    let angle = (token * half + pair % half) as usize;
+    let (cos, sin) = (cos[angle], sin[angle]);
+    out[(to * width + first) as usize] = a * cos - b * sin;
+    out[(to * width + first + half) as usize] = b * cos + a * sin;
 }
 
 /// [`cached_attention`](crate::cached_attention): `[tokens, heads * head_dim]`.
@@ -100,34 +96,80 @@ pub(super) fn attention<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
     let position = cache.position();
     let [keys, values] = prepared(cache, &k, tokens);
     let turned = room(&q, [tokens, heads * head_dim], DType::F32);
-    place(q, Some(&tables), head_dim, &turned, 0);
-    place(k, Some(&tables), head_dim, &keys, position);
-    place(v, None, head_dim, &values, position);
-    let group = heads / kv_heads;
-    let shared = if tokens >= SHARED && group <= MOST_SHARED { group } else { 1 };
-    attention_kernel::launch::<R>(
-        &out.client.clone(),
-        CubeCount::Static(tokens as u32, (heads / shared) as u32, 1),
+    let window = cache.window().map_or(u32::MAX, |window| window as u32);
+    let (width, slots) = ((kv_heads * head_dim) as u32, keys.meta.shape()[0] as u32);
+    let (position, group, head_dim) = (position as u32, (heads / kv_heads) as u32, head_dim as u32);
+    let client = out.client.clone();
+    let [cos, sin] = tables;
+    let q_width = heads as u32 * head_dim;
+    place::launch::<R>(
+        &client,
+        CubeCount::Static((q_width / 2 + width).div_ceil(UNITS), tokens as u32, 1),
         CubeDim::new_1d(UNITS),
-        turned.into_array_arg(),
+        q.into_array_arg(),
+        k.into_array_arg(),
+        v.into_array_arg(),
+        cos.into_array_arg(),
+        sin.into_array_arg(),
+        turned.clone().into_array_arg(),
         keys.clone().into_array_arg(),
         values.clone().into_array_arg(),
-        sinks.into_array_arg(),
-        out.clone().into_array_arg(),
-        (kv_heads * head_dim) as u32,
-        keys.meta.shape()[0] as u32,
-        position as u32,
-        cache.window().map_or(u32::MAX, |window| window as u32),
-        scale,
-        group as u32,
-        shared as u32,
-        head_dim as u32,
+        q_width,
+        width,
+        head_dim / 2,
+        position,
+        slots,
     );
+    let arrays = [&turned, &keys, &values, &sinks, &out];
+    let [q, k, v, sinks, mixed] = arrays.map(|array| array.clone().into_array_arg());
+    if let Some(shared) = attention_tiles::shared_heads(tokens, head_dim as usize, group as usize) {
+        attention_tiles::in_tiles::launch::<R>(
+            &client,
+            CubeCount::Static(
+                (tokens as u32).div_ceil(attention_tiles::ROWS / shared as u32),
+                (heads / shared) as u32,
+                1,
+            ),
+            CubeDim::new_1d(attention_tiles::UNITS),
+            q,
+            k,
+            v,
+            sinks,
+            mixed,
+            tokens as u32,
+            width,
+            slots,
+            position,
+            window,
+            scale,
+            group,
+            shared as u32,
+            head_dim,
+        );
+    } else {
+        attention_kernel::launch::<R>(
+            &client,
+            CubeCount::Static(tokens as u32, heads as u32, 1),
+            CubeDim::new_1d(UNITS),
+            q,
+            k,
+            v,
+            sinks,
+            mixed,
+            width,
+            slots,
+            position,
+            window,
+            scale,
+            group,
+            head_dim,
+        );
+    }
     cache.put_ring(Ring { keys: tensor(keys), values: tensor(values) }, tokens);
     out
 }
 
-/// A cube computes `shared` query heads of one key head for one token: the softmax runs over [`UNITS`] keys at a time.
+/// A cube computes one query head for one token: the softmax runs over [`KEYS`] keys at a time.
 #[cube(launch)]
 fn attention_kernel(
     q: &Array<f32>,
@@ -141,99 +183,121 @@ fn attention_kernel(
     window: u32,
     scale: f32,
     #[comptime] group: u32,
-    #[comptime] shared: u32,
     #[comptime] head_dim: u32,
 ) {
-    let (token, first_head) = (CUBE_POS_X, CUBE_POS_Y * shared);
-    let kv_head = first_head / group;
-    let heads = CUBE_COUNT_Y * shared;
-    let mut queries = SharedMemory::<f32>::new(comptime!((shared * head_dim) as usize));
-    let mut shares = SharedMemory::<f32>::new(comptime!((shared * UNITS) as usize));
+    let (token, head) = (CUBE_POS_X, CUBE_POS_Y);
+    let at = (token * CUBE_COUNT_Y + head) * head_dim;
+    let column = head / group * head_dim;
+    let mut query = SharedMemory::<f32>::new(comptime!(head_dim as usize));
     let mut sums = SharedMemory::<f32>::new(comptime!(UNITS as usize));
-    // Of each head: the largest score so far, and what all shares add up to.
-    let mut tops = Array::<f32>::new(comptime!(shared as usize));
-    let mut totals = Array::<f32>::new(comptime!(shared as usize));
-    #[unroll]
-    for head in 0..shared {
-        tops[comptime!(head as usize)] = sinks[(first_head + head) as usize];
-        totals[comptime!(head as usize)] = 1.0;
+    let mut scores = SharedMemory::<f32>::new(comptime!(KEYS as usize));
+    let mut i = UNIT_POS;
+    while i < head_dim {
+        query[i as usize] = q[(at + i) as usize] * scale;
+        i += UNITS;
     }
-    // Numbers of the result that one unit looks after.
-    let own = comptime!((shared * head_dim).div_ceil(UNITS));
+    // Units mix the values in runs of `head_dim`: each run some of the keys, and a unit more than one number of a wide head.
+    let runs = comptime!(if head_dim < UNITS { UNITS / head_dim } else { 1 });
+    let own = comptime!(head_dim.div_ceil(UNITS));
+    let (run, number) = (UNIT_POS / head_dim, UNIT_POS % head_dim);
+    let (mut top, mut total) = (sinks[head as usize], f32::new(0.0));
     let mut mixed = Array::<f32>::new(comptime!(own as usize));
     #[unroll]
     for n in 0..own {
         mixed[comptime!(n as usize)] = 0.0;
-        let number = n * UNITS + UNIT_POS;
-        if number < shared * head_dim {
-            queries[number as usize] = q[((token * heads + first_head) * head_dim + number) as usize];
-        }
     }
+    // What the softmax has been divided by since the sink was its largest score.
+    let mut sink = f32::new(1.0);
     sync_cube();
     let end = position + token + 1;
     let mut start = end - min(end, window);
     while start < end {
-        let key = start + UNIT_POS;
-        let at = key % slots * width + kv_head * head_dim;
-        #[unroll]
-        for head in 0..shared {
-            let mut score = f32::new(f32::MIN);
-            if key < end {
-                score = 0.0;
-                for i in 0..head_dim {
-                    score += queries[(head * head_dim + i) as usize] * keys[(at + i) as usize];
-                }
-                score *= scale;
-            }
-            let before = tops[comptime!(head as usize)];
-            let top = max(before, joined(score, &mut sums, UNITS, Join::Largest));
-            let share = select(key < end, f32::exp(score - top), f32::new(0.0));
-            let shrink = f32::exp(before - top);
-            let total = totals[comptime!(head as usize)];
-            totals[comptime!(head as usize)] = total * shrink + joined(share, &mut sums, UNITS, Join::Sum);
-            tops[comptime!(head as usize)] = top;
-            shares[(head * UNITS + UNIT_POS) as usize] = share;
-            // The same for all numbers of a head, so every unit keeps it in the place of its own.
-            #[unroll]
-            for n in 0..own {
-                if (n * UNITS + UNIT_POS) / head_dim == head {
-                    mixed[comptime!(n as usize)] *= shrink;
-                }
+        let (key, part) = (start + UNIT_POS / SHARERS, UNIT_POS % SHARERS);
+        let mut sum = f32::new(0.0);
+        if key < end {
+            let entry = key % slots * width + column;
+            i = part;
+            while i < head_dim {
+                sum += query[i as usize] * keys[(entry + i) as usize];
+                i += SHARERS;
             }
         }
+        sums[UNIT_POS as usize] = sum;
         sync_cube();
-        let count = min(end - start, UNITS);
+        let count = min(end - start, KEYS);
+        let mut score = f32::new(f32::MIN);
+        if UNIT_POS < count {
+            score = 0.0;
+            #[unroll]
+            for part in 0..SHARERS {
+                score += sums[(UNIT_POS * SHARERS + part) as usize];
+            }
+            scores[UNIT_POS as usize] = score;
+        }
+        sync_cube();
+        let before = top;
+        for key in 0..count {
+            top = max(top, scores[key as usize]);
+        }
+        sync_cube();
+        if UNIT_POS < count {
+            scores[UNIT_POS as usize] = f32::exp(score - top);
+        }
+        sync_cube();
+        let shrink = f32::exp(before - top);
+        total *= shrink;
+        sink *= shrink;
         #[unroll]
         for n in 0..own {
-            let number = n * UNITS + UNIT_POS;
-            if number < shared * head_dim {
-                let (head, i) = (number / head_dim, number % head_dim);
-                let mut sum = mixed[comptime!(n as usize)];
-                for key in 0..count {
-                    let at = (start + key) % slots * width + kv_head * head_dim;
-                    sum += shares[(head * UNITS + key) as usize] * values[(at + i) as usize];
-                }
-                mixed[comptime!(n as usize)] = sum;
-            }
+            mixed[comptime!(n as usize)] *= shrink;
         }
-        sync_cube();
-        start += UNITS;
+        let mut key = run;
+        while key < count && run < runs {
+            let share = scores[key as usize];
+            let entry = (start + key) % slots * width + column + number;
+            total += share;
+            #[unroll]
+            for n in 0..own {
+                if n * UNITS + number < head_dim {
+                    mixed[comptime!(n as usize)] += share * values[(entry + n * UNITS) as usize];
+                }
+            }
+            key += runs;
+        }
+        start += KEYS;
+    }
+    // The runs of a narrow head are added up; a wide one has a single run.
+    sync_cube();
+    if comptime!(runs > 1) {
+        let mixed_here = mixed[0];
+        mixed[0] = added(mixed_here, &mut sums, number, head_dim, runs);
+        total = added(total, &mut sums, number, head_dim, runs);
     }
     #[unroll]
     for n in 0..own {
-        let number = n * UNITS + UNIT_POS;
-        if number < shared * head_dim {
-            let head = number / head_dim;
-            let mut total = f32::new(1.0);
-            #[unroll]
-            for h in 0..shared {
-                if head == h {
-                    total = totals[comptime!(h as usize)];
-                }
-            }
-            out[((token * heads + first_head) * head_dim + number) as usize] = mixed[comptime!(n as usize)] / total;
+        if run == 0 && n * UNITS + number < head_dim {
+            out[(at + n * UNITS + number) as usize] = mixed[comptime!(n as usize)] / (total + sink);
         }
     }
+}
+
+/// The sum of what the units of each run have at this number.
+#[cube]
+fn added(
+    value: f32,
+    sums: &mut SharedMemory<f32>,
+    number: u32,
+    #[comptime] head_dim: u32,
+    #[comptime] runs: u32,
+) -> f32 {
+    sums[UNIT_POS as usize] = value;
+    sync_cube();
+    let mut sum = f32::new(0.0);
+    for run in 0..runs {
+        sum += sums[(run * head_dim + number) as usize];
+    }
+    sync_cube();
+    sum
 }
 
 /// A ring with room for `tokens` more entries that nobody else holds, and with all that later queries can see.

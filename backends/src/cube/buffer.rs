@@ -3,27 +3,94 @@
 use burn::tensor::{DType, Int, Shape, Tensor, TensorMetadata, TensorPrimitive};
 use burn_cubecl::{
     BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, kernel::into_contiguous,
-    ops::numeric::empty_device_dtype, tensor::CubeTensor,
+    ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor,
 };
 
 /// The elements of a float tensor, in order.
 pub(super) fn floats<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement, const D: usize>(
     tensor: Tensor<CubeBackend<R, F, I, BT>, D>,
 ) -> CubeTensor<R> {
-    into_contiguous(tensor.into_primitive().tensor())
+    in_order(tensor.into_primitive().tensor())
 }
 
 /// The elements of an integer tensor, in order.
 pub(super) fn integers<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement, const D: usize>(
     tensor: Tensor<CubeBackend<R, F, I, BT>, D, Int>,
 ) -> CubeTensor<R> {
-    into_contiguous(tensor.into_primitive())
+    in_order(tensor.into_primitive())
 }
 
-/// The bytes of a `U8` tensor as words: WGSL has no smaller integers. What is past the end is nobody's.
+fn in_order<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<R> {
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    // A single row is in order wherever the next one would begin.
+    let mut next = 1;
+    let ordered = shape.iter().zip(strides.iter()).rev().all(|(size, stride)| {
+        let fits = *size == 1 || *stride == next;
+        next *= size;
+        fits
+    });
+    if ordered {
+        let shape = shape.clone();
+        CubeTensor::new_contiguous(tensor.client, tensor.device, shape, tensor.handle, tensor.dtype)
+    } else {
+        into_contiguous(tensor)
+    }
+}
+
+/// A tensor as rows of its last dimension, each of which begins `pitch` elements after the one before.
+pub(super) struct Rows<R: CubeRuntime> {
+    /// `[rows * pitch]`
+    pub(super) array: CubeTensor<R>,
+    pub(super) pitch: usize,
+}
+
+/// The rows of a float tensor.
+pub(super) fn float_rows<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement, const D: usize>(
+    tensor: Tensor<CubeBackend<R, F, I, BT>, D>,
+) -> Rows<R> {
+    rows(tensor.into_primitive().tensor())
+}
+
+/// The rows of an integer tensor.
+pub(super) fn integer_rows<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement, const D: usize>(
+    tensor: Tensor<CubeBackend<R, F, I, BT>, D, Int>,
+) -> Rows<R> {
+    rows(tensor.into_primitive())
+}
+
+/// Where rows are where CUDA put them, aligned, they are not copied.
+fn rows<R: CubeRuntime>(tensor: CubeTensor<R>) -> Rows<R> {
+    let width = tensor.meta.shape().last().copied().unwrap_or(1);
+    let count = tensor.meta.num_elements() / width.max(1);
+    let pitch = pitch(tensor.meta.shape(), tensor.meta.strides());
+    let (tensor, pitch) = match pitch {
+        Some(pitch) => (tensor, pitch),
+        None => (into_contiguous(tensor), width),
+    };
+    let CubeTensor { client, device, handle, dtype, .. } = tensor;
+    // The room after the last row need not be there.
+    let elements = (count * pitch).min(handle.size() as usize / dtype.size());
+    Rows { array: CubeTensor::new_contiguous(client, device, Shape::new([elements]), handle, dtype), pitch }
+}
+
+/// How far apart rows are, if all are equally far.
+fn pitch(shape: &[usize], strides: &[usize]) -> Option<usize> {
+    let (width, leading) = (*shape.last()?, shape.len().saturating_sub(1));
+    let aligned = (0..leading).rev().find(|dim| shape[*dim] > 1).map_or(width, |dim| strides[dim]);
+    let mut next = aligned;
+    let even = (0..leading).rev().all(|dim| {
+        let fits = shape[dim] == 1 || strides[dim] == next;
+        next *= shape[dim];
+        fits
+    });
+    (even && aligned >= width && (width == 1 || strides[leading] == 1)).then_some(aligned)
+}
+
+/// The rows of a `U8` tensor as words: WGSL has no smaller integers. What is past the end of a row is nobody's; `pitch` stays
+/// in bytes.
 ///
 /// A buffer that does not end at a word is copied by way of the host: small weights only.
-pub(super) fn words_of_bytes<R: CubeRuntime>(bytes: CubeTensor<R>) -> CubeTensor<R> {
+pub(super) fn words_of_bytes<R: CubeRuntime>(Rows { array: bytes, pitch }: Rows<R>) -> Rows<R> {
     let count = bytes.shape().num_elements();
     let words = count.div_ceil(4);
     let handle = if count.is_multiple_of(4) {
@@ -33,16 +100,17 @@ pub(super) fn words_of_bytes<R: CubeRuntime>(bytes: CubeTensor<R>) -> CubeTensor
         padded.resize(4 * words, 0);
         bytes.client.create_from_slice(&padded)
     };
-    CubeTensor::new_contiguous(bytes.client, bytes.device, Shape::new([words]), handle, DType::U32)
+    let array = CubeTensor::new_contiguous(bytes.client, bytes.device, Shape::new([words]), handle, DType::U32);
+    Rows { array, pitch }
 }
 
-/// Room for a tensor beside another one, not initialized.
+/// Room for a tensor beside another one, its elements in order, not initialized.
 pub(super) fn room<R: CubeRuntime, const D: usize>(
     beside: &CubeTensor<R>,
     shape: [usize; D],
     dtype: DType,
 ) -> CubeTensor<R> {
-    empty_device_dtype(beside.client.clone(), beside.device.clone(), Shape::new(shape), dtype)
+    empty_device_contiguous_dtype(beside.client.clone(), beside.device.clone(), Shape::new(shape), dtype)
 }
 
 /// A float tensor of what a kernel wrote.

@@ -1,6 +1,14 @@
-//! Functions of the device that several kernels call.
+//! What several kernels need of a device.
 
-use cubecl::prelude::*;
+use burn_cubecl::CubeRuntime;
+use cubecl::{client::ComputeClient, prelude::*};
+
+/// Units of a cube for so much work, a power of two: at most `most`, another one, and what the device allows.
+pub(super) fn units_for<R: CubeRuntime>(client: &ComputeClient<R>, work: usize, most: usize) -> u32 {
+    let allowed = client.properties().hardware.max_units_per_cube as usize;
+    let allowed = if allowed.is_power_of_two() { allowed } else { allowed.next_power_of_two() / 2 };
+    work.next_power_of_two().clamp(64, most).min(allowed) as u32
+}
 
 /// How numbers of several units become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -81,12 +89,21 @@ pub(super) fn round(x: f32) -> f32 {
     low + select(part > 0.5 || (part == 0.5 && odd == 1.0), f32::new(1.0), f32::new(0.0))
 }
 
-/// What input `i` is multiplied with before the transform: [`Rotation::factor`](crate::format::Rotation::factor), the 64 bits
-/// of its signs in halves.
+/// What input `i` is multiplied with before the transform: [`Rotation::factor`](crate::format::Rotation::factor).
 #[cube]
 pub(super) fn factor(i: u32, seed_low: u32, seed_high: u32, #[comptime] width: u32) -> f32 {
+    let (low, high) = signs(i / 64, seed_low, seed_high);
+    let bit = i % 64;
+    let half = select(bit < 32, low, high);
+    let scale = comptime!(1.0 / (width as f32).sqrt());
+    select((half >> (bit % 32)) & 1 == 1, -scale, scale)
+}
+
+/// The signs of a block's 64 inputs, a bit each, in halves.
+#[cube]
+pub(super) fn signs(block: u32, seed_low: u32, seed_high: u32) -> (u32, u32) {
     // z = (seed + block + 1) * 0x9e3779b97f4a7c15
-    let more = i / 64 + 1;
+    let more = block + 1;
     let low = seed_low + more;
     let high = seed_high + select(low < more, u32::new(1), u32::new(0));
     let (low, high) = multiply(low, high, 0x7f4a_7c15u32, 0x9e37_79b9u32);
@@ -94,11 +111,7 @@ pub(super) fn factor(i: u32, seed_low: u32, seed_high: u32, #[comptime] width: u
     let (low, high) = multiply(low, high, 0x1ce4_e5b9u32, 0xbf58_476du32);
     let (low, high) = (low ^ ((low >> 27) | (high << 5)), high ^ (high >> 27));
     let (low, high) = multiply(low, high, 0x1331_11ebu32, 0x94d0_49bbu32);
-    let (low, high) = (low ^ ((low >> 31) | (high << 1)), high ^ (high >> 31));
-    let bit = i % 64;
-    let half = select(bit < 32, low, high);
-    let scale = comptime!(1.0 / (width as f32).sqrt());
-    select((half >> (bit % 32)) & 1 == 1, -scale, scale)
+    (low ^ ((low >> 31) | (high << 1)), high ^ (high >> 31))
 }
 
 /// The lower 64 bits of a product of 64-bit numbers.

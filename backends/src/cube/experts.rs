@@ -5,7 +5,7 @@ use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElemen
 use cubecl::prelude::*;
 
 use super::{
-    buffer::{floats, room},
+    buffer::{float_rows, room},
     device::nan,
     linear::{Matrices, Plan, Routes, TILE, is_tiled, products},
     tokens::{Before, quantize},
@@ -30,10 +30,10 @@ pub(super) fn experts<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEl
     let plan = is_tiled(tokens * k / experts.experts().max(1)).then(|| plan(&chosen, experts.experts()));
     let routes = |per_input| Matrices::Routed(Routes { chosen: chosen.clone(), per_input, plan: plan.clone() });
     let rounded = quantize(x, Before::Nothing, &experts.gate_up.layout);
-    let bias = floats(experts.gate_up_bias.clone());
+    let bias = float_rows(experts.gate_up_bias.clone());
     let hidden = products(&rounded, &experts.gate_up, Some(bias), routes(k.max(1)));
     let rounded = quantize(hidden, Before::Gate(experts.activation), &experts.down.layout);
-    let bias = floats(experts.down_bias.clone());
+    let bias = float_rows(experts.down_bias.clone());
     let outputs = products(&rounded, &experts.down, Some(bias), routes(1));
     weighted_sum::launch::<R>(
         &out.client.clone(),

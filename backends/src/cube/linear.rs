@@ -1,12 +1,14 @@
-//! Products of packed weights with int8 activations: one row and token at a time for a few tokens, in tiles for many.
+//! Products of packed weights with int8 activations: one row and token at a time for a few tokens, in tiles for many, on
+//! matrix units where the device has them.
 
 use burn::tensor::DType;
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
 use cubecl::prelude::*;
 
 use super::{
-    buffer::room,
+    buffer::{Rows, room},
     device::{Join, joined},
+    matrix_units,
     tokens::Tokens,
     weight::{Packed, digit, dot, level, packed},
 };
@@ -60,103 +62,160 @@ pub(super) const fn is_tiled(tokens: usize) -> bool {
     tokens >= TILED
 }
 
+/// What weights are multiplied with, and what is added.
+#[derive(CubeLaunch, CubeType)]
+pub(super) struct Operands {
+    pub(super) levels: Array<u32>,
+    scales: Array<f32>,
+    bias: Array<f32>,
+    /// Of each choice its matrix.
+    chosen: Array<i32>,
+    /// See [`Plan`].
+    order: Array<u32>,
+    /// See [`Plan`].
+    tiles: Array<i32>,
+    /// Words of a token.
+    pub(super) level_words: u32,
+    matrix: u32,
+    pub(super) choices: u32,
+    per_input: u32,
+    bias_pitch: u32,
+    #[cube(comptime)]
+    pub(super) routed: bool,
+    #[cube(comptime)]
+    biased: bool,
+}
+
+#[cube]
+impl Operands {
+    /// The matrix of a choice.
+    pub(super) fn matrix_of(&self, choice: u32) -> u32 {
+        let mut matrix = self.matrix;
+        if comptime!(self.routed) {
+            matrix = u32::cast_from(self.chosen[choice as usize]);
+        }
+        matrix
+    }
+
+    /// A tile's matrix, which is none past the last one, the first of its choices and the end of them.
+    pub(super) fn tile(&self, number: u32) -> (i32, u32, u32) {
+        let mut matrix = i32::cast_from(self.matrix);
+        let (mut start, mut end) = (number * TILE, min(number * TILE + TILE, self.choices));
+        if comptime!(self.routed) {
+            let tile = (3 * number) as usize;
+            matrix = self.tiles[tile];
+            start = u32::cast_from(self.tiles[tile + 1]);
+            end = u32::cast_from(self.tiles[tile + 2]);
+        }
+        (matrix, start, end)
+    }
+
+    /// A choice by its place in the order.
+    pub(super) fn choice_at(&self, place: u32) -> u32 {
+        let mut choice = place;
+        if comptime!(self.routed) {
+            choice = self.order[place as usize];
+        }
+        choice
+    }
+
+    /// The token of a choice.
+    pub(super) fn input_of(&self, choice: u32) -> u32 {
+        if comptime!(self.routed) { choice / self.per_input } else { choice }
+    }
+
+    /// What the levels of a token are multiplied with.
+    pub(super) fn scale(&self, input: u32) -> f32 {
+        self.scales[input as usize]
+    }
+
+    /// A product with its bias.
+    pub(super) fn biased(&self, product: f32, matrix: u32, row: u32) -> f32 {
+        let mut product = product;
+        if comptime!(self.biased) {
+            product += self.bias[(matrix * self.bias_pitch + row) as usize];
+        }
+        product
+    }
+}
+
 /// The products of tokens, or of choices, with their matrices, plus a bias `[matrices, rows]`: `[choices, rows]`.
 pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     x: &Tokens<R>,
     weight: &TernaryWeight<CubeBackend<R, F, I, BT>>,
-    bias: Option<CubeTensor<R>>,
+    bias: Option<Rows<R>>,
     matrices: Matrices<R>,
 ) -> CubeTensor<R> {
-    let (choices, routed) = match &matrices {
-        Matrices::One(_) => (x.count, false),
-        Matrices::Routed(routes) => (routes.chosen.meta.num_elements(), true),
+    let (matrix, routes) = match matrices {
+        Matrices::One(matrix) => (matrix, None),
+        Matrices::Routed(routes) => (0, Some(routes)),
     };
+    let choices = routes.as_ref().map_or(x.count, |routes| routes.chosen.meta.num_elements());
     let rows = weight.layout.rows;
     let out = room(&x.levels, [choices, rows], DType::F32);
     if choices == 0 {
         return out;
     }
-    let client = out.client.clone();
-    let biased = bias.is_some();
-    let bias = bias.unwrap_or_else(|| x.scales.clone());
-    let (levels, scales) = (x.levels.clone().into_array_arg(), x.scales.clone().into_array_arg());
-    let (matrix, chosen, per_input, plan) = match matrices {
-        Matrices::One(matrix) => (matrix, x.levels.clone(), 1, None),
-        Matrices::Routed(routes) => (0, routes.chosen, routes.per_input, routes.plan),
+    let (routed, biased) = (routes.is_some(), bias.is_some());
+    // What is not there is not looked at.
+    let (bias, bias_pitch) = bias.map_or_else(|| (x.scales.clone(), 0), |bias| (bias.array, bias.pitch));
+    let per_input = routes.as_ref().map_or(1, |routes| routes.per_input);
+    let (chosen, plan) = routes.map_or_else(|| (x.levels.clone(), None), |routes| (routes.chosen, routes.plan));
+    let is_few = if routed { plan.is_none() } else { !is_tiled(choices) };
+    let (order, tiles, count) = match plan {
+        Some(plan) => (plan.order, plan.tiles, plan.count),
+        None => (x.levels.clone(), x.levels.clone(), choices.div_ceil(TILE as usize)),
     };
-    let step = |n: usize, by: u32| (n as u32).div_ceil(by);
-    if routed && plan.is_none() || !routed && !is_tiled(choices) {
-        row_by_row::launch::<R>(
-            &client,
-            CubeCount::Static(step(rows, ROWS), choices as u32, 1),
-            CubeDim::new_1d(LANES * ROWS),
-            levels,
-            scales,
-            packed(weight),
-            bias.into_array_arg(),
-            chosen.into_array_arg(),
-            out.clone().into_array_arg(),
-            x.words as u32,
-            matrix as u32,
-            weight.layout.matrices as u32,
-            per_input as u32,
-            routed,
-            biased,
-        );
-        return out;
-    }
-    let tiles = plan.as_ref().map_or(step(choices, TILE), |plan| plan.count as u32);
-    let (order, tile_list) = match plan {
-        Some(plan) => (plan.order, plan.tiles),
-        None => (x.levels.clone(), x.levels.clone()),
-    };
-    tiled::launch::<R>(
-        &client,
-        CubeCount::Static(step(rows, TILE), tiles, 1),
-        CubeDim::new_1d((TILE / PART) * (TILE / PART)),
-        levels,
-        scales,
-        packed(weight),
+    let operands = OperandsLaunch::new(
+        x.levels.clone().into_array_arg(),
+        x.scales.clone().into_array_arg(),
         bias.into_array_arg(),
+        chosen.into_array_arg(),
         order.into_array_arg(),
-        tile_list.into_array_arg(),
-        out.clone().into_array_arg(),
+        tiles.into_array_arg(),
         x.words as u32,
         matrix as u32,
         choices as u32,
         per_input as u32,
+        bias_pitch as u32,
         routed,
         biased,
     );
+    let (client, weight, product) = (out.client.clone(), packed(weight), out.clone().into_array_arg());
+    let has_units = matrix_units::are_there(&client);
+    let cubes = |rows_a_cube, tiles| CubeCount::Static((rows as u32).div_ceil(rows_a_cube), tiles as u32, 1);
+    match (is_few, has_units) {
+        (true, true) => {
+            let tokens = if routed { choices } else { choices.div_ceil(matrix_units::FEW as usize) };
+            let (cubes, dim) = (cubes(matrix_units::FEW_ROWS, tokens), CubeDim::new_1d(matrix_units::UNITS));
+            matrix_units::few::launch::<R>(&client, cubes, dim, operands, weight, product);
+        }
+        (true, false) => {
+            let (cubes, dim) = (cubes(ROWS, choices), CubeDim::new_1d(LANES * ROWS));
+            row_by_row::launch::<R>(&client, cubes, dim, operands, weight, product);
+        }
+        (false, true) => {
+            let (cubes, dim) = (cubes(matrix_units::ROWS, count), CubeDim::new_1d(matrix_units::UNITS));
+            matrix_units::many::launch::<R>(&client, cubes, dim, operands, weight, product);
+        }
+        (false, false) => {
+            let (cubes, dim) = (cubes(TILE, count), CubeDim::new_1d((TILE / PART) * (TILE / PART)));
+            tiled::launch::<R>(&client, cubes, dim, operands, weight, product);
+        }
+    }
     out
 }
 
 /// A cube computes [`ROWS`] rows of one choice, [`LANES`] units each of them.
 #[cube(launch)]
-fn row_by_row(
-    levels: &Array<u32>,
-    scales: &Array<f32>,
-    weight: &Packed,
-    bias: &Array<f32>,
-    chosen: &Array<i32>,
-    out: &mut Array<f32>,
-    level_words: u32,
-    matrix: u32,
-    matrices: u32,
-    per_input: u32,
-    #[comptime] routed: bool,
-    #[comptime] biased: bool,
-) {
+fn row_by_row(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
     let choice = CUBE_POS_Y;
-    let input = choice / per_input;
+    let input = x.input_of(choice);
     let lane = UNIT_POS % LANES;
     let row = CUBE_POS_X * ROWS + UNIT_POS / LANES;
     let mut totals = SharedMemory::<i32>::new(comptime!((LANES * ROWS) as usize));
-    let mut matrix = matrix;
-    if comptime!(routed) {
-        matrix = u32::cast_from(chosen[choice as usize]);
-    }
-    let known = matrix < matrices && row < weight.rows;
+    let matrix = x.matrix_of(choice);
+    let known = matrix < weight.matrices && row < weight.rows;
     let mut y = f32::new(0.0);
     #[unroll]
     for plane in 0..weight.shape.planes {
@@ -165,20 +224,17 @@ fn row_by_row(
         if known {
             let mut word = lane;
             while word < weight.words {
-                total += word_total(levels, input * level_words, weight, packed_row, word);
+                total += word_total(&x.levels, input * x.level_words, weight, packed_row, word);
                 word += LANES;
             }
         }
         let total = joined(total, &mut totals, LANES, Join::Sum);
         if known {
-            y += f32::cast_from(total) * (weight.row_scale(packed_row) * scales[input as usize]);
+            y += f32::cast_from(total) * (weight.row_scale(packed_row) * x.scale(input));
         }
     }
     if lane == 0 && known {
-        if comptime!(biased) {
-            y += bias[(matrix * weight.rows + row) as usize];
-        }
-        out[(choice * weight.rows + row) as usize] = y;
+        out[(choice * weight.rows + row) as usize] = x.biased(y, matrix, row);
     }
 }
 
@@ -198,32 +254,12 @@ fn word_total(levels: &Array<u32>, at: u32, weight: &Packed, row: u32, word: u32
 
 /// A cube computes [`TILE`] rows of as many choices that share a matrix.
 #[cube(launch)]
-fn tiled(
-    levels: &Array<u32>,
-    scales: &Array<f32>,
-    weight: &Packed,
-    bias: &Array<f32>,
-    order: &Array<u32>,
-    tiles: &Array<i32>,
-    out: &mut Array<f32>,
-    level_words: u32,
-    matrix: u32,
-    choices: u32,
-    per_input: u32,
-    #[comptime] routed: bool,
-    #[comptime] biased: bool,
-) {
-    let mut matrix = matrix;
-    let (mut start, mut end) = (CUBE_POS_Y * TILE, choices);
-    if comptime!(routed) {
-        let tile = (3 * CUBE_POS_Y) as usize;
-        if tiles[tile] < 0 {
-            terminate!();
-        }
-        matrix = u32::cast_from(tiles[tile]);
-        start = u32::cast_from(tiles[tile + 1]);
-        end = u32::cast_from(tiles[tile + 2]);
+fn tiled(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
+    let (matrix, start, end) = x.tile(CUBE_POS_Y);
+    if matrix < 0 {
+        terminate!();
     }
+    let matrix = u32::cast_from(matrix);
     let size = comptime!((TILE * STEP) as usize);
     let mut codes = SharedMemory::<u32>::new(size);
     let mut inputs = SharedMemory::<u32>::new(size);
@@ -244,16 +280,15 @@ fn tiled(
             total[part] = 0;
         }
         let mut at = u32::new(0);
-        while at < level_words {
+        while at < x.level_words {
             #[unroll]
             for n in 0..comptime!(TILE * STEP / (units * units)) {
                 let slot = UNIT_POS + n * units * units;
                 let (line, place) = (slot / STEP, at + slot % STEP);
                 let row = min(first_row + line, weight.rows - 1);
                 codes[slot as usize] = weight.codes_at(weight.row(matrix, plane, row), place);
-                let choice = min(start + line, end - 1);
-                let input = input_of(order, choice, per_input, routed);
-                inputs[slot as usize] = levels[(input * level_words + place) as usize];
+                let input = x.input_of(x.choice_at(min(start + line, end - 1)));
+                inputs[slot as usize] = x.levels[(input * x.level_words + place) as usize];
             }
             sync_cube();
             let mut sums = Array::<f32>::new(parts);
@@ -284,9 +319,8 @@ fn tiled(
             #[unroll]
             for c in 0..PART {
                 let part = comptime!((r * PART + c) as usize);
-                let choice = min(start + own_choice + c, end - 1);
-                let input = input_of(order, choice, per_input, routed);
-                y[part] += f32::cast_from(total[part]) * (row_scale * scales[input as usize]);
+                let input = x.input_of(x.choice_at(min(start + own_choice + c, end - 1)));
+                y[part] += f32::cast_from(total[part]) * (row_scale * x.scale(input));
             }
         }
     }
@@ -295,26 +329,13 @@ fn tiled(
         #[unroll]
         for c in 0..PART {
             let row = first_row + own_row + r;
-            let choice = start + own_choice + c;
-            if row < weight.rows && choice < end {
-                let mut y = y[comptime!((r * PART + c) as usize)];
-                if comptime!(biased) {
-                    y += bias[(matrix * weight.rows + row) as usize];
-                }
-                let mut choice = choice;
-                if comptime!(routed) {
-                    choice = order[choice as usize];
-                }
-                out[(choice * weight.rows + row) as usize] = y;
+            let place = start + own_choice + c;
+            if row < weight.rows && place < end {
+                let y = x.biased(y[comptime!((r * PART + c) as usize)], matrix, row);
+                out[(x.choice_at(place) * weight.rows + row) as usize] = y;
             }
         }
     }
-}
-
-/// The input of a choice, by its place in the order.
-#[cube]
-fn input_of(order: &Array<u32>, choice: u32, per_input: u32, #[comptime] routed: bool) -> u32 {
-    if comptime!(routed) { order[choice as usize] / per_input } else { choice }
 }
 
 /// Adds the products of four weights of [`PART`] rows with [`PART`] inputs, exact in floats: they are whole numbers.

@@ -4,12 +4,14 @@
 //! an app has switched on in Burn itself.
 
 mod attention;
+mod attention_tiles;
 mod buffer;
 mod device;
 pub mod devices;
 mod experts;
 mod largest;
 mod linear;
+mod matrix_units;
 mod routing;
 mod stored;
 mod tokens;
@@ -25,7 +27,7 @@ use crate::{
     format::{Rotation, TernaryWeight},
     ops::{BiasedWeight, LayerCache, StoredMatrix, TernaryBackend, TernaryExperts},
 };
-use buffer::{floats, integers, tensor};
+use buffer::{float_rows, floats, integers, tensor};
 use linear::{Matrices, products};
 use tokens::{Before, Tokens, quantize};
 
@@ -51,6 +53,8 @@ pub fn share_one_queue() {
 const DECODED: usize = 32 << 20;
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBackend for CubeBackend<R, F, I, BT> {
+    const PROMPT_TOKENS: usize = 2048;
+
     fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
         let tokens = quantize(floats(x), Before::Nothing, &weight.layout);
         tensor(products(&tokens, weight, None, Matrices::One(matrix)))
@@ -175,7 +179,7 @@ fn linears_of<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
             _ => quantize(x.clone(), before(), &weight.layout),
         };
         rounded = Some((key, tokens.clone()));
-        tensor(products(&tokens, weight, bias.clone().map(floats), Matrices::One(0)))
+        tensor(products(&tokens, weight, bias.clone().map(float_rows), Matrices::One(0)))
     };
     linears.iter().map(product).collect()
 }

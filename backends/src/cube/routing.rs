@@ -6,25 +6,33 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::room,
-    device::{Join, is_nan, joined, nan},
+    device::{Join, is_nan, joined, nan, units_for},
 };
 
 /// Units of a cube.
 const UNITS: u32 = 256;
+/// Numbers that a unit norms.
+const NORMED: usize = 4;
+/// Units that norm a token at most.
+const MOST_UNITS: usize = 1024;
+/// Inputs of the router that a cube looks at.
+const PART: usize = 128;
 
 /// [`rms_norm`](crate::rms_norm) of `x [tokens, hidden]`.
 pub(super) fn rms_norm<R: CubeRuntime>(x: CubeTensor<R>, gamma: CubeTensor<R>, epsilon: f32) -> CubeTensor<R> {
     let [tokens, hidden] = [x.meta.shape()[0], x.meta.shape()[1]];
     let out = room(&x, [tokens, hidden], DType::F32);
     if tokens > 0 {
+        let units = units_for(&x.client, hidden.div_ceil(NORMED), MOST_UNITS);
         rms_norm_kernel::launch::<R>(
             &x.client.clone(),
             CubeCount::Static(tokens as u32, 1, 1),
-            CubeDim::new_1d(UNITS),
+            CubeDim::new_1d(units),
             x.into_array_arg(),
             gamma.into_array_arg(),
             out.clone().into_array_arg(),
             hidden as u32,
+            units,
             epsilon,
         );
     }
@@ -33,21 +41,36 @@ pub(super) fn rms_norm<R: CubeRuntime>(x: CubeTensor<R>, gamma: CubeTensor<R>, e
 
 /// One cube a token.
 #[cube(launch)]
-fn rms_norm_kernel(x: &Array<f32>, gamma: &Array<f32>, out: &mut Array<f32>, hidden: u32, epsilon: f32) {
-    let mut sums = SharedMemory::<f32>::new(comptime!(UNITS as usize));
+fn rms_norm_kernel(
+    x: &Array<f32>,
+    gamma: &Array<f32>,
+    out: &mut Array<f32>,
+    #[comptime] hidden: u32,
+    #[comptime] units: u32,
+    epsilon: f32,
+) {
+    let mut sums = SharedMemory::<f32>::new(comptime!(units as usize));
     let at = CUBE_POS_X * hidden;
+    let own = comptime!(hidden.div_ceil(units));
+    let mut values = Array::<f32>::new(comptime!(own as usize));
     let mut sum = f32::new(0.0);
-    let mut i = UNIT_POS;
-    while i < hidden {
-        let value = x[(at + i) as usize];
+    #[unroll]
+    for n in 0..own {
+        let i = n * units + UNIT_POS;
+        let mut value = f32::new(0.0);
+        if i < hidden {
+            value = x[(at + i) as usize];
+        }
+        values[comptime!(n as usize)] = value;
         sum += value * value;
-        i += UNITS;
     }
-    let rms = f32::sqrt(joined(sum, &mut sums, UNITS, Join::Sum) / f32::cast_from(hidden) + epsilon);
-    i = UNIT_POS;
-    while i < hidden {
-        out[(at + i) as usize] = x[(at + i) as usize] / rms * gamma[i as usize];
-        i += UNITS;
+    let rms = f32::sqrt(joined(sum, &mut sums, units, Join::Sum) / f32::cast_from(hidden) + epsilon);
+    #[unroll]
+    for n in 0..own {
+        let i = n * units + UNIT_POS;
+        if i < hidden {
+            out[(at + i) as usize] = values[comptime!(n as usize)] / rms * gamma[i as usize];
+        }
     }
 }
 
@@ -61,91 +84,126 @@ pub(super) fn route<R: CubeRuntime>(
     let [tokens, hidden] = [x.meta.shape()[0], x.meta.shape()[1]];
     let experts = weight.meta.shape()[1];
     let (chosen, weights) = (room(&x, [tokens, k], DType::I32), room(&x, [tokens, k], DType::F32));
-    if tokens * k > 0 {
-        // So many parts of the sum as there is room for.
-        let parts = (UNITS as usize / experts.max(1)).clamp(1, hidden.max(1)) as u32;
-        route_kernel::launch::<R>(
-            &x.client.clone(),
-            CubeCount::Static(tokens as u32, 1, 1),
-            CubeDim::new_1d(UNITS),
-            x.into_array_arg(),
-            weight.into_array_arg(),
-            bias.into_array_arg(),
-            chosen.clone().into_array_arg(),
-            weights.clone().into_array_arg(),
-            hidden as u32,
-            k as u32,
-            experts as u32,
-            parts,
-        );
+    if tokens * k == 0 {
+        return (chosen, weights);
     }
+    // One cube would read the router's weights all alone.
+    let parts = hidden.div_ceil(PART).max(1);
+    let scores = room(&x, [tokens, parts, experts], DType::F32);
+    let client = x.client.clone();
+    score::launch::<R>(
+        &client,
+        CubeCount::Static(parts as u32, tokens as u32, 1),
+        CubeDim::new_1d(UNITS),
+        x.into_array_arg(),
+        weight.into_array_arg(),
+        scores.clone().into_array_arg(),
+        hidden as u32,
+        experts as u32,
+    );
+    choose::launch::<R>(
+        &client,
+        CubeCount::Static(tokens as u32, 1, 1),
+        CubeDim::new_1d(UNITS),
+        scores.into_array_arg(),
+        bias.into_array_arg(),
+        chosen.clone().into_array_arg(),
+        weights.clone().into_array_arg(),
+        k as u32,
+        parts as u32,
+        experts as u32,
+    );
     (chosen, weights)
 }
 
-/// One cube a token: a unit adds up one part of one expert's score, then one unit chooses.
+/// What [`PART`] inputs of a token add to the score of each expert. Runs of units look after as many experts and share the
+/// inputs.
 #[cube(launch)]
-fn route_kernel(
-    x: &Array<f32>,
-    weight: &Array<f32>,
+fn score(x: &Array<f32>, weight: &Array<f32>, scores: &mut Array<f32>, hidden: u32, #[comptime] experts: u32) {
+    let (part, token) = (CUBE_POS_X, CUBE_POS_Y);
+    let run_width = comptime!(if experts < UNITS { experts.next_power_of_two() } else { UNITS });
+    let mut sums = SharedMemory::<f32>::new(comptime!(UNITS as usize));
+    let (run, own) = (UNIT_POS / run_width, UNIT_POS % run_width);
+    let end = min((part + 1) * comptime!(PART as u32), hidden);
+    #[unroll]
+    for block in 0..comptime!(experts.div_ceil(run_width)) {
+        let expert = block * run_width + own;
+        let mut sum = f32::new(0.0);
+        if expert < experts {
+            let mut i = part * comptime!(PART as u32) + run;
+            while i < end {
+                sum += x[(token * hidden + i) as usize] * weight[(i * experts + expert) as usize];
+                i += comptime!(UNITS / run_width);
+            }
+        }
+        sums[UNIT_POS as usize] = sum;
+        sync_cube();
+        if run == 0 && expert < experts {
+            let mut score = f32::new(0.0);
+            #[unroll]
+            for other in 0..comptime!(UNITS / run_width) {
+                score += sums[(other * run_width + own) as usize];
+            }
+            scores[((token * CUBE_COUNT_X + part) * experts + expert) as usize] = score;
+        }
+        sync_cube();
+    }
+}
+
+/// One cube a token. An expert's rank is how many are better, or as good and before it.
+#[cube(launch)]
+fn choose(
+    parts_of_scores: &Array<f32>,
     bias: &Array<f32>,
     chosen: &mut Array<i32>,
     weights: &mut Array<f32>,
-    hidden: u32,
-    k: u32,
+    #[comptime] k: u32,
+    parts: u32,
     #[comptime] experts: u32,
-    #[comptime] parts: u32,
 ) {
     let token = CUBE_POS_X;
-    let mut scores = SharedMemory::<f32>::new(comptime!((experts * parts) as usize));
-    let mut slot = UNIT_POS;
-    while slot < experts * parts {
-        let (expert, part) = (slot % experts, slot / experts);
-        let mut score = f32::new(0.0);
-        let mut i = part;
-        while i < hidden {
-            score += x[(token * hidden + i) as usize] * weight[(i * experts + expert) as usize];
-            i += parts;
+    let mut scores = SharedMemory::<f32>::new(comptime!(experts as usize));
+    let mut best = SharedMemory::<f32>::new(comptime!(k as usize));
+    let mut broken = SharedMemory::<u32>::new(comptime!(UNITS as usize));
+    let mut is_broken = u32::new(0);
+    let mut expert = UNIT_POS;
+    while expert < experts {
+        let mut score = bias[expert as usize];
+        for part in 0..parts {
+            score += parts_of_scores[((token * parts + part) * experts + expert) as usize];
         }
-        scores[slot as usize] = score;
-        slot += UNITS;
+        // NaN has no rank, so that it does not leave a place empty.
+        if is_nan(score) {
+            is_broken = 1;
+            score = f32::new(f32::MIN);
+        }
+        scores[expert as usize] = score;
+        expert += UNITS;
+    }
+    let is_broken = joined(is_broken, &mut broken, UNITS, Join::Largest);
+    expert = UNIT_POS;
+    while expert < experts {
+        let score = scores[expert as usize];
+        let mut rank = u32::new(0);
+        for other in 0..experts {
+            let rival = scores[other as usize];
+            if rival > score || (rival == score && other < expert) {
+                rank += 1;
+            }
+        }
+        if rank < k {
+            best[rank as usize] = score;
+            chosen[(token * k + rank) as usize] = i32::cast_from(expert);
+        }
+        expert += UNITS;
     }
     sync_cube();
-    if UNIT_POS == 0 {
-        for expert in 0..experts {
-            let mut score = bias[expert as usize];
-            for part in 0..parts {
-                score += scores[(part * experts + expert) as usize];
-            }
-            scores[expert as usize] = score;
-        }
-        let (mut first, mut total) = (f32::new(0.0), f32::new(0.0));
-        let mut broken = u32::new(0);
-        for expert in 0..experts {
-            if is_nan(scores[expert as usize]) {
-                broken = 1;
-            }
-        }
+    if UNIT_POS < k {
+        let mut total = f32::new(0.0);
         for slot in 0..k {
-            let mut best = u32::new(0);
-            for expert in 1..experts {
-                if scores[expert as usize] > scores[best as usize] {
-                    best = expert;
-                }
-            }
-            let score = scores[best as usize];
-            if slot == 0 {
-                first = score;
-            }
-            let share = f32::exp(score - first);
-            total += share;
-            chosen[(token * k + slot) as usize] = i32::cast_from(best);
-            weights[(token * k + slot) as usize] = share;
-            // Not again.
-            scores[best as usize] = f32::new(f32::MIN);
+            total += f32::exp(best[slot as usize] - best[0]);
         }
-        for slot in 0..k {
-            let weight = weights[(token * k + slot) as usize] / total;
-            weights[(token * k + slot) as usize] = select(broken == 1, nan(), weight);
-        }
+        let weight = f32::exp(best[UNIT_POS as usize] - best[0]) / total;
+        weights[(token * k + UNIT_POS) as usize] = select(is_broken == 1, nan(), weight);
     }
 }

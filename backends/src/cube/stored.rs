@@ -5,7 +5,7 @@ use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElemen
 use cubecl::prelude::*;
 
 use super::{
-    buffer::{integers, room},
+    buffer::{integer_rows, room},
     device::{Join, butterflies, factor, joined, nan},
     weight::{Packed, packed},
 };
@@ -27,15 +27,17 @@ pub(super) fn rows<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEleme
     let (count, columns) = (ids.meta.num_elements(), matrix.columns());
     let out = room(&ids, [count, columns], DType::F32);
     if count > 0 {
+        let words = integer_rows(matrix.words.clone());
         rows_kernel::launch::<R>(
             &out.client.clone(),
             CubeCount::Static((columns as u32).div_ceil(LANES * ROWS), count as u32, 1),
             CubeDim::new_1d(LANES * ROWS),
-            integers(matrix.words.clone()).into_array_arg(),
+            words.array.into_array_arg(),
             ids.into_array_arg(),
             out.clone().into_array_arg(),
             matrix.rows() as u32,
             columns as u32,
+            words.pitch as u32,
             matrix.float(),
         );
     }
@@ -49,6 +51,7 @@ fn rows_kernel(
     out: &mut Array<f32>,
     rows: u32,
     columns: u32,
+    pitch: u32,
     #[comptime] float: StoredFloat,
 ) {
     let column = CUBE_POS_X * (LANES * ROWS) + UNIT_POS;
@@ -59,7 +62,7 @@ fn rows_kernel(
     let mut value = nan();
     if id < rows {
         let per_word = comptime!(4 / float.bytes() as u32);
-        let word = words[(id * (columns / per_word) + column / per_word) as usize];
+        let word = words[(id * pitch + column / per_word) as usize];
         value = decode(word, column % per_word, float);
     }
     out[(CUBE_POS_Y * columns + column) as usize] = value;
@@ -95,18 +98,19 @@ pub(super) fn linear<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEle
     let count = ids.as_ref().map_or(matrix.rows(), |ids| ids.meta.num_elements());
     let out = room(&x, [tokens, count], DType::F32);
     if tokens * count > 0 {
-        let some = ids.is_some();
+        let (some, words) = (ids.is_some(), integer_rows(matrix.words.clone()));
         linear_kernel::launch::<R>(
             &out.client.clone(),
             CubeCount::Static((count as u32).div_ceil(ROWS), tokens as u32, 1),
             CubeDim::new_1d(LANES * ROWS),
             x.clone().into_array_arg(),
-            integers(matrix.words.clone()).into_array_arg(),
+            words.array.into_array_arg(),
             ids.unwrap_or(x).into_array_arg(),
             out.clone().into_array_arg(),
             matrix.rows() as u32,
             matrix.columns() as u32,
             count as u32,
+            words.pitch as u32,
             matrix.float(),
             some,
         );
@@ -124,6 +128,7 @@ fn linear_kernel(
     rows: u32,
     columns: u32,
     count: u32,
+    pitch: u32,
     #[comptime] float: StoredFloat,
     #[comptime] some: bool,
 ) {
@@ -140,7 +145,7 @@ fn linear_kernel(
     if row < rows {
         let mut word = lane;
         while word < row_words {
-            let pair = words[(row * row_words + word) as usize];
+            let pair = words[(row * pitch + word) as usize];
             #[unroll]
             for part in 0..per_word {
                 sum += decode(pair, part.runtime(), float) * x[(token * columns + word * per_word + part) as usize];

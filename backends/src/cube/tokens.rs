@@ -6,15 +6,19 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::room,
-    device::{Join, butterflies, factor, is_finite, is_nan, joined, nan, round},
+    device::{Join, is_finite, is_nan, joined, nan, round, signs, units_for},
 };
 use crate::{
     format::{BLOCK, Rotation, TernaryLayout},
     ops::ClampedSwiGlu,
 };
 
-/// Units of a cube: four blocks are rotated at a time.
-const UNITS: u32 = 256;
+/// Numbers that a unit looks after: eight units rotate a block.
+const OWN: u32 = 8;
+/// Where they lie in shared memory, so that units do not wait for each other.
+const SPREAD: u32 = OWN + 1;
+/// Units of a cube at most: the numbers of all fit the shared memory of every device.
+const MOST_UNITS: usize = 512;
 
 /// Activations as the products take them.
 #[derive(Clone)]
@@ -54,24 +58,24 @@ pub(super) fn quantize<R: CubeRuntime>(x: CubeTensor<R>, before: Before<R>, layo
     let levels = room(&x, [count, words], DType::U32);
     let scales = room(&x, [count], DType::F32);
     if count > 0 {
-        let rotated = room(&x, [count, 4 * words], DType::F32);
         let (kind, gamma, numbers) = match before {
             Before::Nothing => (Kind::Plain, x.clone(), [0.0; 2]),
             Before::Norm(gamma, epsilon) => (Kind::Normed, gamma, [epsilon, 0.0]),
             Before::Gate(gate) => (Kind::Gated, x.clone(), [gate.alpha, gate.limit]),
         };
+        let units = units_for(&x.client, (4 * words).div_ceil(OWN as usize), MOST_UNITS);
         let seed = layout.rotation.map_or(0, |rotation| rotation.seed);
         quantize_kernel::launch::<R>(
             &x.client.clone(),
             CubeCount::Static(count as u32, 1, 1),
-            CubeDim::new_1d(UNITS),
+            CubeDim::new_1d(units),
             x.into_array_arg(),
             gamma.into_array_arg(),
-            rotated.into_array_arg(),
             levels.clone().into_array_arg(),
             scales.clone().into_array_arg(),
             in_features as u32,
             words as u32,
+            units,
             seed as u32,
             (seed >> 32) as u32,
             numbers[0],
@@ -87,11 +91,11 @@ pub(super) fn quantize<R: CubeRuntime>(x: CubeTensor<R>, before: Before<R>, layo
 fn quantize_kernel(
     x: &Array<f32>,
     gamma: &Array<f32>,
-    rotated: &mut Array<f32>,
     levels: &mut Array<u32>,
     scales: &mut Array<f32>,
     in_features: u32,
-    words: u32,
+    #[comptime] words: u32,
+    #[comptime] units: u32,
     seed_low: u32,
     seed_high: u32,
     first: f32,
@@ -100,84 +104,151 @@ fn quantize_kernel(
     #[comptime] rotation: Option<u32>,
 ) {
     let token = CUBE_POS_X;
-    let mut sums = SharedMemory::<f32>::new(comptime!(UNITS as usize));
-    let mut run = SharedMemory::<f32>::new(comptime!(UNITS as usize));
-    let unit = UNIT_POS as usize;
-    let mut norm = f32::new(1.0);
-    if comptime!(kind == Kind::Normed) {
-        let mut sum = f32::new(0.0);
-        let mut i = UNIT_POS;
-        while i < in_features {
-            let value = x[(token * in_features + i) as usize];
-            sum += value * value;
-            i += UNITS;
-        }
-        norm = 1.0 / f32::sqrt(joined(sum, &mut sums, UNITS, Join::Sum) / f32::cast_from(in_features) + first);
-    }
-    let (mut largest, mut broken) = (f32::new(0.0), u32::new(0));
-    let mut start = u32::new(0);
-    while start < 4 * words {
-        let i = start + UNIT_POS;
+    let rounds = comptime!((4 * words).div_ceil(OWN * units));
+    let mut values = Array::<f32>::new(comptime!((OWN * rounds) as usize));
+    let mut sum = f32::new(0.0);
+    #[unroll]
+    for n in 0..comptime!(OWN * rounds) {
+        let i = n / OWN * OWN * units + OWN * UNIT_POS + n % OWN;
         let mut value = f32::new(0.0);
         if i < in_features {
-            value = load(x, gamma, token * in_features, i, norm, first, second, kind);
-            if !is_finite(value) {
-                broken = 1;
-                value = f32::new(0.0);
-            }
+            value = load(x, token * in_features, i, first, second, kind);
         }
-        if comptime!(rotation.is_some()) {
-            let width = comptime!(rotation.unwrap_or(1));
-            value = butterflies(value * factor(i, seed_low, seed_high, width), &mut run, width);
-        }
-        largest = max(largest, f32::abs(value));
-        run[unit] = value;
-        sync_cube();
-        // Who packs four of them later is who writes them now.
-        if UNIT_POS < UNITS / 4 && start + 4 * UNIT_POS < 4 * words {
-            #[unroll]
-            for j in 0..4u32 {
-                rotated[(token * 4 * words + start + 4 * UNIT_POS + j) as usize] = run[(4 * UNIT_POS + j) as usize];
-            }
-        }
-        sync_cube();
-        start += UNITS;
+        values[comptime!(n as usize)] = value;
+        sum += value * value;
     }
-    let scale = joined(largest, &mut sums, UNITS, Join::Largest) / 127.0;
-    let broken = joined(f32::cast_from(broken), &mut sums, UNITS, Join::Largest) > 0.0;
+    if comptime!(kind == Kind::Normed) {
+        let mut sums = SharedMemory::<f32>::new(comptime!(units as usize));
+        let sum = joined(sum, &mut sums, units, Join::Sum);
+        let norm = 1.0 / f32::sqrt(sum / f32::cast_from(in_features) + first);
+        #[unroll]
+        for n in 0..comptime!(OWN * rounds) {
+            let i = n / OWN * OWN * units + OWN * UNIT_POS + n % OWN;
+            if i < in_features {
+                values[comptime!(n as usize)] = values[comptime!(n as usize)] * norm * gamma[i as usize];
+            }
+        }
+    }
+    // Numbers without a sign are ordered as their bits; what is not finite is the largest.
+    let mut largest = u32::new(0);
+    #[unroll]
+    for n in 0..comptime!(OWN * rounds) {
+        if !is_finite(values[comptime!(n as usize)]) {
+            largest = 0x7f80_0000u32.runtime();
+            values[comptime!(n as usize)] = 0.0;
+        }
+    }
+    if comptime!(rotation.is_some()) {
+        #[unroll]
+        for round in 0..rounds {
+            let seed = (seed_low, seed_high);
+            rotate(&mut values, comptime!(OWN * round), seed, units, comptime!(rotation.unwrap_or(1)));
+        }
+    }
+    #[unroll]
+    for n in 0..comptime!(OWN * rounds) {
+        largest = max(largest, u32::reinterpret(f32::abs(values[comptime!(n as usize)])));
+    }
+    let mut keys = SharedMemory::<u32>::new(comptime!(units as usize));
+    let largest = f32::reinterpret(joined(largest, &mut keys, units, Join::Largest));
+    let scale = largest / 127.0;
     let divisor = select(scale == 0.0, f32::new(1.0), scale);
-    let mut word = UNIT_POS;
-    while word < words && UNIT_POS < UNITS / 4 {
+    #[unroll]
+    for n in 0..comptime!(OWN / 4 * rounds) {
+        let word = n / (OWN / 4) * (OWN / 4) * units + OWN / 4 * UNIT_POS + n % (OWN / 4);
         let mut packed = u32::new(0);
         #[unroll]
-        for j in 0..4u32 {
-            let level = round(rotated[(token * 4 * words + 4 * word + j) as usize] / divisor);
+        for byte in 0..4u32 {
+            let level = round(values[comptime!((4 * n + byte) as usize)] / divisor);
             let level = i32::cast_from(clamp(level, -127.0, 127.0));
-            packed |= (u32::cast_from(select(scale == 0.0, 0, level)) & 255) << (8 * j);
+            packed |= (u32::cast_from(select(scale == 0.0, 0, level)) & 255) << (8 * byte);
         }
-        levels[(token * words + word) as usize] = packed;
-        word += UNITS / 4;
+        if word < words {
+            levels[(token * words + word) as usize] = packed;
+        }
     }
     if UNIT_POS == 0 {
-        scales[token as usize] = select(broken, nan(), scale);
+        scales[token as usize] = select(is_finite(largest), scale, nan());
     }
 }
 
-/// Number `i` of a token, before it is rotated and rounded.
+/// The rotation of [`OWN`] numbers of each unit, from `at` on: signs, then the Walsh-Hadamard transform of each run of `width`
+/// numbers, first within units and then, the numbers spread in strides, across them.
 #[cube]
-fn load(
-    x: &Array<f32>,
-    gamma: &Array<f32>,
-    at: u32,
-    i: u32,
-    norm: f32,
-    alpha: f32,
-    limit: f32,
-    #[comptime] kind: Kind,
-) -> f32 {
+fn rotate(
+    values: &mut Array<f32>,
+    #[comptime] at: u32,
+    seed: (u32, u32),
+    #[comptime] units: u32,
+    #[comptime] width: u32,
+) {
+    let mut run = SharedMemory::<f32>::new(comptime!((SPREAD * units) as usize));
+    // A block of 64 numbers has 64 signs.
+    let first = at * units + OWN * UNIT_POS;
+    let signs = signs(first / 64, seed.0, seed.1);
+    let scale = comptime!(1.0 / (width as f32).sqrt());
+    let mut own = Array::<f32>::new(comptime!(OWN as usize));
+    #[unroll]
+    for n in 0..OWN {
+        let bit = first % 64 + n;
+        let half = select(bit < 32, signs.0, signs.1);
+        let factor = select((half >> (bit % 32)) & 1 == 1, -scale, scale.runtime());
+        own[comptime!(n as usize)] = values[comptime!((at + n) as usize)] * factor;
+    }
+    butterflies(&mut own, 1u32, width);
+    if comptime!(width > OWN) {
+        let spread = UNIT_POS / OWN * OWN * SPREAD + UNIT_POS % OWN;
+        sync_cube();
+        #[unroll]
+        for n in 0..OWN {
+            run[(UNIT_POS * SPREAD + n) as usize] = own[comptime!(n as usize)];
+        }
+        sync_cube();
+        #[unroll]
+        for n in 0..OWN {
+            own[comptime!(n as usize)] = run[(spread + n * SPREAD) as usize];
+        }
+        butterflies(&mut own, OWN, width);
+        #[unroll]
+        for n in 0..OWN {
+            run[(spread + n * SPREAD) as usize] = own[comptime!(n as usize)];
+        }
+        sync_cube();
+        #[unroll]
+        for n in 0..OWN {
+            own[comptime!(n as usize)] = run[(UNIT_POS * SPREAD + n) as usize];
+        }
+    }
+    #[unroll]
+    for n in 0..OWN {
+        values[comptime!((at + n) as usize)] = own[comptime!(n as usize)];
+    }
+}
+
+/// The stages of the transform among numbers that are `stride` apart.
+#[cube]
+fn butterflies(own: &mut Array<f32>, #[comptime] stride: u32, #[comptime] width: u32) {
+    #[unroll]
+    for stage in 0..3u32 {
+        let half = comptime!(1u32 << stage);
+        if comptime!(half * stride < width) {
+            #[unroll]
+            for n in 0..OWN {
+                if comptime!(n & half == 0) {
+                    let (low, high) = (own[comptime!(n as usize)], own[comptime!((n + half) as usize)]);
+                    own[comptime!(n as usize)] = low + high;
+                    own[comptime!((n + half) as usize)] = low - high;
+                }
+            }
+        }
+    }
+}
+
+/// Number `i` of a token, before it is normed, rotated and rounded.
+#[cube]
+fn load(x: &Array<f32>, at: u32, i: u32, alpha: f32, limit: f32, #[comptime] kind: Kind) -> f32 {
     match comptime!(kind) {
-        Kind::Plain => x[(at + i) as usize],
-        Kind::Normed => x[(at + i) as usize] * norm * gamma[i as usize],
+        Kind::Plain | Kind::Normed => x[(at + i) as usize],
         Kind::Gated => gated(x[(2 * (at + i)) as usize], x[(2 * (at + i) + 1) as usize], alpha, limit),
     }
 }

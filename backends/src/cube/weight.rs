@@ -1,9 +1,9 @@
 //! A packed ternary weight on the device.
 
-use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
+use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
 use cubecl::prelude::*;
 
-use super::buffer::{floats, integers, words_of_bytes};
+use super::buffer::{float_rows, integer_rows, words_of_bytes};
 use crate::format::{CodeFormat, TernaryLayout, TernaryWeight};
 
 /// The arrays of a weight and their sizes.
@@ -13,10 +13,17 @@ pub(super) struct Packed {
     row_scales: Array<f32>,
     /// Four to a word; the row scales' bits where there are none.
     group_scales: Array<u32>,
+    pub(super) matrices: u32,
     pub(super) rows: u32,
     /// Code words of a row.
     pub(super) words: u32,
+    /// From one row's first word to the next one's.
+    code_pitch: u32,
+    /// From the first scale of a matrix's plane to the next one's.
+    row_scale_pitch: u32,
     groups: u32,
+    /// From one row's first group scale to the next one's.
+    group_scale_pitch: u32,
     group_size: u32,
     #[cube(comptime)]
     pub(super) shape: PackedShape,
@@ -42,18 +49,26 @@ pub(super) fn packed<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEle
     weight: &TernaryWeight<CubeBackend<R, F, I, BT>>,
 ) -> PackedLaunch<R> {
     let TernaryLayout { format, planes, rows, group_size, .. } = weight.layout;
-    let row_scales: CubeTensor<R> = floats(weight.row_scales.clone());
-    let group_scales = match &weight.group_scales {
-        Some(scales) => words_of_bytes(integers(scales.clone())),
-        None => row_scales.clone(),
+    let codes = integer_rows(weight.codes.clone());
+    let row_scales = float_rows(weight.row_scales.clone());
+    let (group_scales, group_scale_pitch) = match &weight.group_scales {
+        Some(scales) => {
+            let scales = words_of_bytes(integer_rows(scales.clone()));
+            (scales.array, scales.pitch)
+        }
+        None => (row_scales.array.clone(), 0),
     };
     PackedLaunch::new(
-        integers(weight.codes.clone()).into_array_arg(),
-        row_scales.into_array_arg(),
+        codes.array.into_array_arg(),
+        row_scales.array.into_array_arg(),
         group_scales.into_array_arg(),
+        weight.layout.matrices as u32,
         rows as u32,
         weight.layout.words_per_row() as u32,
+        codes.pitch as u32,
+        row_scales.pitch as u32,
         weight.layout.groups() as u32,
+        group_scale_pitch as u32,
         group_size.unwrap_or(1) as u32,
         PackedShape { format, planes: planes as u32, grouped: group_size.is_some() },
     )
@@ -68,12 +83,12 @@ impl Packed {
     }
 
     pub(super) fn row_scale(&self, row: u32) -> f32 {
-        self.row_scales[row as usize]
+        self.row_scales[(row / self.rows * self.row_scale_pitch + row % self.rows) as usize]
     }
 
     /// A word of a row.
     pub(super) fn word(&self, row: u32, word: u32) -> u32 {
-        self.codes[(row * self.words + word) as usize]
+        self.codes[(row * self.code_pitch + word) as usize]
     }
 
     /// Where the activations of the codes of [`digit`] `digit` of a word lie, in words of four.
@@ -112,7 +127,7 @@ impl Packed {
     /// The group scale of the activations at `place`, 1 without groups.
     pub(super) fn group_scale(&self, row: u32, place: u32) -> i32 {
         if comptime!(self.shape.grouped) {
-            let at = row * self.groups + min(place * 4 / self.group_size, self.groups - 1);
+            let at = row * self.group_scale_pitch + min(place * 4 / self.group_size, self.groups - 1);
             i32::cast_from((self.group_scales[(at / 4) as usize] >> (at % 4 * 8)) & 255)
         } else {
             i32::new(1)

@@ -51,6 +51,9 @@ pub trait TernaryBackend: Backend {
     /// Whether a token's bits never depend on what else is in a batch, in all operations of this trait.
     const BATCH_INVARIANT: bool = false;
 
+    /// Tokens of a prompt that go through a model at once: enough to keep the kernels busy, and few enough to bound memory.
+    const PROMPT_TOKENS: usize = 512;
+
     /// See [`ternary_linear`]; `x` is `[tokens, in_features]`.
     #[must_use]
     fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {

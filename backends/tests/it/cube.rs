@@ -1,4 +1,5 @@
-//! The GPU kernels against the definitions and against Burn's operations. Skipped, with a word, where no Vulkan driver is.
+//! The GPU kernels against the definitions and against Burn's operations: on Vulkan, or without the feature `wgpu` on CUDA.
+//! Skipped, with a word, where there is no driver.
 
 use burn::tensor::{
     DType, Int, Tensor, TensorData,
@@ -8,11 +9,15 @@ use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use proptest::prelude::*;
 use ternoss_backends::{
-    BiasedWeight, CodeFormat, Rotation, StoredFloat, StoredMatrix, TernaryBackend, TernaryLayout,
-    cube::{Wgpu, devices::wgpu_devices},
-    largest, norm_linears, rms_norm, route, stored_linear, stored_linear_at, stored_rows, ternary_linear,
-    ternary_linears, ternary_rows,
+    BiasedWeight, CodeFormat, Rotation, StoredFloat, StoredMatrix, TernaryBackend, TernaryLayout, largest,
+    norm_linears, rms_norm, route, stored_linear, stored_linear_at, stored_rows, ternary_linear, ternary_linears,
+    ternary_rows,
 };
+
+#[cfg(not(feature = "wgpu"))]
+use ternoss_backends::cube::{Cuda as Gpu, devices::cuda_devices as devices};
+#[cfg(feature = "wgpu")]
+use ternoss_backends::cube::{Wgpu as Gpu, devices::wgpu_devices as devices};
 
 use crate::{
     cache,
@@ -22,7 +27,7 @@ use crate::{
 
 /// Whether there is a device; says so where there is none, which is an error with `TERNOSS_GPU` in the environment.
 fn device() -> bool {
-    match wgpu_devices() {
+    match devices() {
         Ok(_) => true,
         Err(error) => {
             assert!(std::env::var_os("TERNOSS_GPU").is_none(), "a GPU is required: {error}");
@@ -47,7 +52,7 @@ proptest! {
         let weights = Weights::new(layout, seed);
         let x = Noise::new(seed ^ 1).floats(tokens * layout.in_features);
         for number in 0..layout.matrices {
-            let y = values(ternary_linear(matrix::<Wgpu>(&x, [tokens, layout.in_features]), &weights.tensor(), number));
+            let y = values(ternary_linear(matrix::<Gpu>(&x, [tokens, layout.in_features]), &weights.tensor(), number));
             assert_close(&y, &naive(&weights, number, &x), 1e-5, &format!("{layout:?}"));
         }
     }
@@ -60,11 +65,11 @@ proptest! {
         let weights = [Weights::new(layout, seed), Weights::new(layout, seed ^ 1)];
         let mut noise = Noise::new(seed);
         let (x, bias) = (noise.floats(tokens * layout.in_features), noise.floats(layout.rows));
-        let [found, expected] = [shared::<Wgpu>, shared::<Flex>].map(|run| run(&weights, &x, &bias));
+        let [found, expected] = [shared::<Gpu>, shared::<Flex>].map(|run| run(&weights, &x, &bias));
         assert_close(&found, &expected, 1e-5, &format!("{layout:?}"));
         // The norm rounds in another order, which may move an activation by a level.
         let gamma = noise.floats(layout.in_features);
-        let [found, expected] = [normed::<Wgpu>, normed::<Flex>].map(|run| run(&weights, &x, &gamma));
+        let [found, expected] = [normed::<Gpu>, normed::<Flex>].map(|run| run(&weights, &x, &gamma));
         assert_close(&found, &expected, ONE_LEVEL, &format!("normed, {layout:?}"));
     }
 
@@ -75,7 +80,7 @@ proptest! {
         }
         let weights = Weights::new(layout, seed);
         let chosen = [layout.rows as i64 - 1, 0, layout.rows as i64, -1];
-        let found = values(ternary_rows(&weights.tensor::<Wgpu>(), layout.matrices - 1, ids(&chosen)));
+        let found = values(ternary_rows(&weights.tensor::<Gpu>(), layout.matrices - 1, ids(&chosen)));
         let expected = values(ternary_rows(&weights.tensor::<Flex>(), layout.matrices - 1, ids(&chosen)));
         assert_close(&found, &expected, 1e-6, &format!("{layout:?}"));
     }
@@ -90,9 +95,9 @@ proptest! {
         let mut noise = Noise::new(seed);
         let (x, gamma) = (noise.floats(tokens * width), noise.floats(width));
         let (weight, bias) = (noise.floats(width * experts), noise.floats(experts));
-        let [found, expected] = [norm::<Wgpu>, norm::<Flex>].map(|run| run(&x, &gamma));
+        let [found, expected] = [norm::<Gpu>, norm::<Flex>].map(|run| run(&x, &gamma));
         assert_close(&found, &expected, 1e-5, "norm");
-        let [found, expected] = [routes::<Wgpu>, routes::<Flex>].map(|run| run(&x, &weight, &bias, k.min(experts)));
+        let [found, expected] = [routes::<Gpu>, routes::<Flex>].map(|run| run(&x, &weight, &bias, k.min(experts)));
         prop_assert_eq!(found.0, expected.0);
         assert_close(&found.1, &expected.1, 1e-4, "weights");
     }
@@ -103,11 +108,11 @@ proptest! {
             return Ok(());
         }
         let expected = case.run::<Flex>(case.sizes[2], case.cache(), false);
-        assert_close(&case.run::<Wgpu>(step, case.cache(), false), &expected, 1e-5, "in steps");
+        assert_close(&case.run::<Gpu>(step, case.cache(), false), &expected, 1e-5, "in steps");
         // Entries that are taken back leave no trace, and a clone goes its own way.
         let tokens = case.sizes[2];
         let keep = keep.min(tokens - 1);
-        let mut first = case.cache::<Wgpu>().with_spare(tokens - keep);
+        let mut first = case.cache::<Gpu>().with_spare(tokens - keep);
         let all = case.step(0..tokens, &mut first, false);
         let mut clone = first.clone();
         first.truncate(keep);
@@ -162,7 +167,7 @@ fn the_largest_numbers_are_found_in_order_and_nan_is_never_missed() {
         let mut noise = Noise::new(n as u64);
         // Few different numbers, so that many are equal.
         let x: Vec<f32> = (0..2 * n).map(|_| ((noise.next() % 1000) as f32 - 500.0) * 0.25).collect();
-        let (places, numbers) = largest(matrix::<Wgpu>(&x, [2, n]), k).unwrap();
+        let (places, numbers) = largest(matrix::<Gpu>(&x, [2, n]), k).unwrap();
         let places: Vec<i64> = places.into_data().iter::<i64>().collect();
         for (row, (places, numbers)) in x.chunks(n).zip(places.chunks(k).zip(values(numbers).chunks(k))) {
             let mut order: Vec<usize> = (0..n).collect();
@@ -175,7 +180,7 @@ fn the_largest_numbers_are_found_in_order_and_nan_is_never_missed() {
     let mut x = vec![f32::NEG_INFINITY; 5000];
     x[4321] = f32::NAN;
     x[7] = f32::INFINITY;
-    let (places, numbers) = largest(matrix::<Wgpu>(&x, [1, 5000]), 3).unwrap();
+    let (places, numbers) = largest(matrix::<Gpu>(&x, [1, 5000]), 3).unwrap();
     assert_eq!(places.into_data().iter::<i64>().collect::<Vec<_>>(), [4321, 7, 0]);
     assert_same(&values(numbers), &[f32::NAN, f32::INFINITY, f32::NEG_INFINITY], "numbers");
 }
@@ -191,7 +196,7 @@ fn experts_are_the_naive_loop_one_by_one_and_in_tiles() {
         let layer = Layer::new(format, planes, group_size);
         for tokens in [1, 2, 17, 100] {
             let batch = Batch::new(tokens, 3);
-            assert_close(&batch.run(&layer.tensors::<Wgpu>(), false), &layer.naive(&batch), ONE_LEVEL, "naive");
+            assert_close(&batch.run(&layer.tensors::<Gpu>(), false), &layer.naive(&batch), ONE_LEVEL, "naive");
         }
     }
 }
@@ -208,14 +213,14 @@ fn tokens_and_choices_that_are_no_numbers_spoil_only_their_own_rows() {
         batch.x[0] = f32::NAN;
         batch.x[hidden] = f32::INFINITY;
         batch.chosen[2 * 2] = EXPERTS as i64;
-        let y = batch.run(&layer.tensors::<Wgpu>(), false);
+        let y = batch.run(&layer.tensors::<Gpu>(), false);
         assert!(y[..3 * hidden].iter().all(|y| y.is_nan()), "{tokens}");
         assert!(y[3 * hidden..].iter().all(|y| y.is_finite()), "{tokens}");
     }
     assert!(
-        routes::<Wgpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, f32::NAN, 2.0], 2).1.iter().all(|weight| weight.is_nan())
+        routes::<Gpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, f32::NAN, 2.0], 2).1.iter().all(|weight| weight.is_nan())
     );
-    assert_eq!(routes::<Wgpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, 2.0, 2.0], 2), (vec![1, 2], vec![0.5, 0.5]));
+    assert_eq!(routes::<Gpu>(&[1.0, 2.0], &[0.0; 8], &[1.0, 2.0, 2.0, 2.0], 2), (vec![1, 2], vec![0.5, 0.5]));
 }
 
 /// Value and gradients of a product and of a stored one after it.
@@ -248,7 +253,7 @@ fn gradients_are_those_of_flex() {
         let weights = Weights::new(layout, 1);
         let words: Vec<u32> = Noise::new(2).floats(6 * 10).into_iter().map(f32::to_bits).collect();
         let x = Noise::new(3).floats(5 * 160);
-        let found = gradients::<Autodiff<Wgpu>>(&weights, &words, &x);
+        let found = gradients::<Autodiff<Gpu>>(&weights, &words, &x);
         let expected = gradients::<Autodiff<Flex>>(&weights, &words, &x);
         for (found, expected) in found.iter().zip(&expected) {
             assert_close(found, expected, 1e-4, "gradients");
@@ -280,7 +285,7 @@ fn stored_matrices_are_those_of_flex() {
         float.encode(&numbers, &mut words);
         for tokens in [1, 5, 40] {
             let x = Noise::new(2).floats(tokens * 90);
-            let [found, expected] = [run::<Wgpu>, run::<Flex>].map(|run| run(&words, float, &x));
+            let [found, expected] = [run::<Gpu>, run::<Flex>].map(|run| run(&words, float, &x));
             assert_close(&found[0], &expected[0], 1e-5, "all rows");
             assert_close(&found[1], &expected[1], 1e-5, "some rows");
             assert_same(&found[2], &expected[2], "the rows themselves");

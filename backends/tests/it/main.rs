@@ -3,7 +3,7 @@
 
 mod attention;
 mod cache;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod cube;
 mod experts;
 mod format;

@@ -18,7 +18,7 @@ use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use ternoss::{
     backends::{TernaryBackend, cpu::Isa},
-    model::{GptOssConfig, generate::PREFILL_CHUNK},
+    model::GptOssConfig,
 };
 
 use super::ModelArgs;
@@ -31,6 +31,9 @@ use machine::Memory;
 use measure::{Bench, bytes_a_token, load};
 use results::{Bandwidth, Results};
 use row::print_row;
+
+/// Tokens that bring the model's pages into memory.
+const WARM_UP: usize = 512;
 
 /// Measure speed, bytes read and memory
 ///
@@ -189,7 +192,7 @@ impl Plan {
 
     /// Tokens that go through the model at first, so that its pages are in memory.
     fn warm_up(&self) -> &[u32] {
-        &self.ids[..self.ids.len().min(PREFILL_CHUNK)]
+        &self.ids[..self.ids.len().min(WARM_UP)]
     }
 
     /// The pool with the most threads.
