@@ -59,10 +59,10 @@ mod register;
 pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 pub use mapped::{MappedError, MappedFile};
 pub use ops::{
-    AttentionSpec, BiasedWeight, ClampedSwiGlu, KvFormat, LayerCache, ScoreView, Screen, StoredFloat, StoredMatrix,
-    TernaryBackend, TernaryExperts, cached_attention, largest, norm_linears, rms_norm, round_activations, route,
-    screen, screen_bounds, sink_attention, stored_linear, stored_linear_at, stored_rows, ternary_experts,
-    ternary_linear, ternary_linears, ternary_rows, time_in_operations,
+    AttentionSpec, BiasedWeight, ClampedSwiGlu, ExpertLayer, KvFormat, LayerCache, ScoreView, Screen, StoredFloat,
+    StoredMatrix, TernaryBackend, TernaryExperts, cached_attention, expert_layer, largest, linear_onto, norm_linears,
+    rms_norm, round_activations, route, screen, screen_bounds, sink_attention, stored_linear, stored_linear_at,
+    stored_rows, ternary_experts, ternary_linear, ternary_linears, ternary_rows, time_in_operations,
 };
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 pub use register::switch_kernels_off;

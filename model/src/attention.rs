@@ -56,8 +56,8 @@ impl<B: TernaryBackend> Attention<B> {
         self.o_proj.forward(self.mix(x, rope, cache))
     }
 
-    /// The same of tokens that `norm` is yet to be applied to.
-    pub fn forward_normed(
+    /// The residual stream `x [tokens, hidden]`, which `norm` is yet to be applied to, plus the attention's output.
+    pub fn forward_onto(
         &self,
         x: Tensor<B, 2>,
         norm: &nn::RmsNorm<B>,
@@ -65,8 +65,8 @@ impl<B: TernaryBackend> Attention<B> {
         cache: &mut LayerCache<B>,
     ) -> Tensor<B, 2> {
         let [q, k, v, o] = self.projections();
-        let qkv = Linear::normed_all([q, k, v], x, norm.gamma.val(), norm.epsilon);
-        o.forward(self.attend(qkv, rope, cache))
+        let qkv = Linear::normed_all([q, k, v], x.clone(), norm.gamma.val(), norm.epsilon);
+        o.forward_onto(x, self.attend(qkv, rope, cache))
     }
 
     /// What `o_proj` sees: the values mixed by attention, `[tokens, hidden]` to `[tokens, q_heads * head_dim]`.

@@ -20,7 +20,9 @@ use burn::{
     nn,
     tensor::{IndexingUpdateOp, Int, Tensor, TensorData, backend::Backend},
 };
-use ternoss_backends::{ClampedSwiGlu, FormatError, TernaryBackend, reference::clamped_swiglu, ternary_experts};
+use ternoss_backends::{
+    ClampedSwiGlu, FormatError, TernaryBackend, TernaryExperts, reference::clamped_swiglu, ternary_experts,
+};
 use ternoss_quant::{Linear, PackedTernary, TernaryConfig, TernaryTensor};
 
 use crate::{
@@ -102,6 +104,14 @@ impl<B: TernaryBackend> Experts<B> {
             Self::Ternary(packed) => packed.forward(x, routing),
         }
     }
+
+    /// Packed ternary experts, if all of them are in memory.
+    pub(crate) fn in_memory(&self) -> Option<TernaryExperts<B>> {
+        match self {
+            Self::Ternary(packed) if packed.pager.is_none() => Some(packed.tensors()),
+            _ => None,
+        }
+    }
 }
 
 impl<B: TernaryBackend> Expert<B> {
@@ -162,19 +172,22 @@ impl<B: Backend> PackedExperts<B> {
 }
 
 impl<B: TernaryBackend> PackedExperts<B> {
-    fn forward(&self, x: Tensor<B, 2>, routing: Routing<B>) -> Tensor<B, 2> {
-        let experts = ternoss_backends::TernaryExperts {
+    fn tensors(&self) -> TernaryExperts<B> {
+        TernaryExperts {
             gate_up: self.gate_up_proj.weight(),
             gate_up_bias: self.gate_up_proj_bias.val(),
             down: self.down_proj.weight(),
             down_bias: self.down_proj_bias.val(),
             activation: self.activation,
-        };
+        }
+    }
+
+    fn forward(&self, x: Tensor<B, 2>, routing: Routing<B>) -> Tensor<B, 2> {
         if let Some(pager) = &self.pager {
             let chosen: Vec<i64> = routing.indices.clone().into_data().iter::<i64>().collect();
             pager.make_room(&chosen);
         }
-        ternary_experts(x, routing.indices, routing.weights, &experts)
+        ternary_experts(x, routing.indices, routing.weights, &self.tensors())
     }
 }
 

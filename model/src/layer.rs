@@ -25,7 +25,7 @@ use burn::{
     nn,
     tensor::{Tensor, backend::Backend},
 };
-use ternoss_backends::{FormatError, TernaryBackend, rms_norm};
+use ternoss_backends::{ExpertLayer, FormatError, TernaryBackend, expert_layer, rms_norm};
 use ternoss_quant::{Linear, TernaryConfig};
 
 use crate::{attention::Attention, cache::LayerCache, experts::Experts, rope::RotaryTables, router::Router};
@@ -58,13 +58,30 @@ impl<B: TernaryBackend> Mlp<B> {
         let routing = self.router.forward(x.clone());
         self.experts.forward(x, routing)
     }
+
+    /// The residual stream `x [tokens, hidden]`, which `norm` is yet to be applied to, plus what the experts make of it.
+    pub fn forward_onto(&self, x: Tensor<B, 2>, norm: &nn::RmsNorm<B>) -> Tensor<B, 2> {
+        let Some(experts) = self.experts.in_memory() else {
+            return x.clone() + self.forward(apply_norm(norm, x));
+        };
+        let (router, router_bias) = self.router.parts();
+        let layer = ExpertLayer {
+            gamma: norm.gamma.val(),
+            epsilon: norm.epsilon,
+            router,
+            router_bias,
+            experts_per_token: self.router.experts_per_token,
+            experts,
+        };
+        expert_layer(x, &layer)
+    }
 }
 
 impl<B: TernaryBackend> Layer<B> {
     /// The residual stream `[tokens, hidden]` before the layer to after it.
     pub fn forward(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
-        let x = x.clone() + self.self_attn.forward_normed(x, &self.input_layernorm, rope, cache);
-        x.clone() + self.mlp.forward(apply_norm(&self.post_attention_layernorm, x))
+        let x = self.self_attn.forward_onto(x, &self.input_layernorm, rope, cache);
+        self.mlp.forward_onto(x, &self.post_attention_layernorm)
     }
 }
 

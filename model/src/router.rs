@@ -59,12 +59,18 @@ impl<B: Backend> Router<B> {
 impl<B: TernaryBackend> Router<B> {
     /// Top-k first, then softmax over the chosen only (`GptOssTopKRouter` of transformers).
     pub fn forward(&self, x: Tensor<B, 2>) -> Routing<B> {
+        let (weight, bias) = self.parts();
+        let (indices, weights) = route(x, weight, bias, self.experts_per_token);
+        Routing { indices, weights }
+    }
+
+    /// Weight and bias.
+    pub(crate) fn parts(&self) -> (Tensor<B, 2>, Tensor<B, 1>) {
         let weight = self.linear.weight.val();
         let bias = match &self.linear.bias {
             Some(bias) => bias.val(),
             None => Tensor::zeros([weight.dims()[1]], &weight.device()),
         };
-        let (indices, weights) = route(x, weight, bias, self.experts_per_token);
-        Routing { indices, weights }
+        (weight, bias)
     }
 }

@@ -101,7 +101,6 @@ impl<B: TernaryBackend> GptOss<B> {
 }
 
 impl<B: Backend> GptOss<B> {
-
     /// All but the output layer, for `tokens` that go through the model at once, `context` others before them.
     fn pass(&self, context: usize, tokens: usize) -> Traffic {
         let first = Traffic {

@@ -15,7 +15,9 @@ use burn::{
     nn,
     tensor::{Tensor, backend::Backend},
 };
-use ternoss_backends::{BiasedWeight, FormatError, TernaryBackend, norm_linears, rms_norm, ternary_linears};
+use ternoss_backends::{
+    BiasedWeight, FormatError, TernaryBackend, linear_onto, norm_linears, rms_norm, ternary_linears,
+};
 
 use crate::{BitLinear, BitWeight, PackedTernary, TernaryConfig};
 
@@ -91,6 +93,14 @@ impl<B: TernaryBackend> Linear<B> {
         let together =
             packed.map(|packed| norm_linears(x.clone(), gamma.clone(), epsilon, &packed)).unwrap_or_default();
         <[_; N]>::try_from(together).unwrap_or_else(|_| Self::forward_all(linears, rms_norm(x, gamma, epsilon)))
+    }
+
+    /// `residual [tokens, out_features]` plus what the layer makes of `x [tokens, in_features]`.
+    pub fn forward_onto(&self, residual: Tensor<B, 2>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match self.packed() {
+            Some(packed) => linear_onto(residual, x, &packed),
+            None => residual + self.forward(x),
+        }
     }
 
     /// Weight and bias, if they are packed.

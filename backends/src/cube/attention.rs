@@ -1,4 +1,5 @@
 //! Attention with sinks over a cache on the device, which new keys and values are written into in place.
+#![allow(unsafe_code)]
 
 use std::ops::Range;
 
@@ -8,7 +9,7 @@ use cubecl::prelude::*;
 
 use super::{
     attention_tiles,
-    buffer::{floats, room, tensor},
+    buffer::{floats, lasting_room, room, tensor},
 };
 use crate::ops::{LayerCache, Ring};
 
@@ -18,6 +19,8 @@ const UNITS: u32 = 256;
 const SHARERS: u32 = 4;
 /// Keys that are looked at together.
 const KEYS: u32 = UNITS / SHARERS;
+/// Values that a unit fetches together.
+const AHEAD: u32 = 4;
 
 /// Slots of the smallest ring.
 const LEAST_SLOTS: usize = 256;
@@ -122,55 +125,63 @@ pub(super) fn attention<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
     );
     let arrays = [&turned, &keys, &values, &sinks, &out];
     let [q, k, v, sinks, mixed] = arrays.map(|array| array.clone().into_array_arg());
+    // Unchecked on the device: heads and numbers of a head are those of the arrays, whose shapes fit each other (see
+    // `cached_attention`), tokens end at the last one, and a slot is what is left of a position by the number of slots.
     if let Some(shared) = attention_tiles::shared_heads(tokens, head_dim as usize, group as usize) {
-        attention_tiles::in_tiles::launch::<R>(
-            &client,
-            CubeCount::Static(
-                (tokens as u32).div_ceil(attention_tiles::ROWS / shared as u32),
-                (heads / shared) as u32,
-                1,
-            ),
-            CubeDim::new_1d(attention_tiles::UNITS),
-            q,
-            k,
-            v,
-            sinks,
-            mixed,
-            tokens as u32,
-            width,
-            slots,
-            position,
-            window,
-            scale,
-            group,
-            shared as u32,
-            head_dim,
-        );
+        // SAFETY: above.
+        unsafe {
+            attention_tiles::in_tiles::launch_unchecked::<R>(
+                &client,
+                CubeCount::Static(
+                    (tokens as u32).div_ceil(attention_tiles::ROWS / shared as u32),
+                    (heads / shared) as u32,
+                    1,
+                ),
+                CubeDim::new_1d(attention_tiles::UNITS),
+                q,
+                k,
+                v,
+                sinks,
+                mixed,
+                tokens as u32,
+                width,
+                slots,
+                position,
+                window,
+                scale,
+                group,
+                shared as u32,
+                head_dim,
+            );
+        }
     } else {
-        attention_kernel::launch::<R>(
-            &client,
-            CubeCount::Static(tokens as u32, heads as u32, 1),
-            CubeDim::new_1d(UNITS),
-            q,
-            k,
-            v,
-            sinks,
-            mixed,
-            width,
-            slots,
-            position,
-            window,
-            scale,
-            group,
-            head_dim,
-        );
+        // SAFETY: above.
+        unsafe {
+            attention_kernel::launch_unchecked::<R>(
+                &client,
+                CubeCount::Static(tokens as u32, heads as u32, 1),
+                CubeDim::new_1d(UNITS),
+                q,
+                k,
+                v,
+                sinks,
+                mixed,
+                width,
+                slots,
+                position,
+                window,
+                scale,
+                group,
+                head_dim,
+            );
+        }
     }
     cache.put_ring(Ring { keys: tensor(keys), values: tensor(values) }, tokens);
     out
 }
 
 /// A cube computes one query head for one token: the softmax runs over [`KEYS`] keys at a time.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn attention_kernel(
     q: &Array<f32>,
     keys: &Array<f32>,
@@ -216,10 +227,12 @@ fn attention_kernel(
         let mut sum = f32::new(0.0);
         if key < end {
             let entry = key % slots * width + column;
-            i = part;
-            while i < head_dim {
-                sum += query[i as usize] * keys[(entry + i) as usize];
-                i += SHARERS;
+            #[unroll]
+            for n in 0..comptime!(head_dim.div_ceil(SHARERS)) {
+                let i = part + n * SHARERS;
+                if comptime!(head_dim.is_multiple_of(SHARERS)) || i < head_dim {
+                    sum += query[i as usize] * keys[(entry + i) as usize];
+                }
             }
         }
         sums[UNIT_POS as usize] = sum;
@@ -253,16 +266,22 @@ fn attention_kernel(
         }
         let mut key = run;
         while key < count && run < runs {
-            let share = scores[key as usize];
-            let entry = (start + key) % slots * width + column + number;
-            total += share;
+            // Several at a time, so that they are fetched together.
             #[unroll]
-            for n in 0..own {
-                if n * UNITS + number < head_dim {
-                    mixed[comptime!(n as usize)] += share * values[(entry + n * UNITS) as usize];
+            for _ in 0..AHEAD {
+                if key < count {
+                    let share = scores[key as usize];
+                    let entry = (start + key) % slots * width + column + number;
+                    total += share;
+                    #[unroll]
+                    for n in 0..own {
+                        if n * UNITS + number < head_dim {
+                            mixed[comptime!(n as usize)] += share * values[(entry + n * UNITS) as usize];
+                        }
+                    }
                 }
+                key += runs;
             }
-            key += runs;
         }
         start += KEYS;
     }
@@ -329,7 +348,7 @@ fn regrown<R: CubeRuntime>(
     entries: Range<usize>,
 ) -> CubeTensor<R> {
     let width = like.meta.shape()[1];
-    let new = room(like, [slots, width], DType::F32);
+    let new = lasting_room(like, [slots, width], DType::F32);
     for start in entries.clone().step_by(MOST_CUBES) {
         let Some(old) = old.clone() else { break };
         let old_slots = old.meta.shape()[0] as u32;

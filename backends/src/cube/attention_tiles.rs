@@ -12,6 +12,9 @@ pub(super) const ROWS: u32 = 64;
 const KEYS: u32 = 32;
 /// Queries, and keys, of a tile that a unit computes.
 const OWN: [u32; 2] = [ROWS / SIDE, KEYS / SIDE];
+/// Numbers that are read at once.
+const VECTOR: u32 = 4;
+type Four = Vector<f32, Const<4>>;
 /// Numbers of a head at most: 32 KiB of shared memory, which every device has.
 const WIDEST_HEAD: usize = 64;
 /// Tokens from which on a tile is worth it.
@@ -19,12 +22,13 @@ const LEAST_TOKENS: usize = 16;
 
 /// How many heads of a key head share a tile, if tiles suit these sizes.
 pub(super) fn shared_heads(tokens: usize, head_dim: usize, group: usize) -> Option<usize> {
-    let suit = tokens >= LEAST_TOKENS && head_dim.is_multiple_of(SIDE as usize) && head_dim <= WIDEST_HEAD;
+    let suit =
+        tokens >= LEAST_TOKENS && head_dim.is_power_of_two() && (SIDE as usize..=WIDEST_HEAD).contains(&head_dim);
     suit.then(|| if (ROWS as usize).is_multiple_of(group) { group } else { 1 })
 }
 
 /// A cube computes [`ROWS`] queries: `shared` heads of so many tokens as there is room for.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 pub(super) fn in_tiles(
     q: &Array<f32>,
     keys: &Array<f32>,
@@ -46,17 +50,17 @@ pub(super) fn in_tiles(
     let heads = CUBE_COUNT_Y * shared;
     let column = first_head / group * head_dim;
     let (row, side) = (UNIT_POS / SIDE * comptime!(OWN[0]), UNIT_POS % SIDE);
-    let mut queries = SharedMemory::<f32>::new(comptime!((ROWS * head_dim) as usize));
+    let mut queries = SharedMemory::<Four>::new(comptime!((ROWS * head_dim / VECTOR) as usize));
     // First the keys of a tile, then its values.
-    let mut tile = SharedMemory::<f32>::new(comptime!((KEYS * head_dim) as usize));
+    let mut tile = SharedMemory::<Four>::new(comptime!((KEYS * head_dim / VECTOR) as usize));
     // First the largest score of each unit, then every key's share.
     let mut shares = SharedMemory::<f32>::new(comptime!((ROWS * KEYS) as usize));
     let mut slot = UNIT_POS;
-    while slot < comptime!(ROWS * head_dim) {
-        let (r, i) = (slot / head_dim, slot % head_dim);
+    while slot < comptime!(ROWS * head_dim / VECTOR) {
+        let (r, i) = (slot / (head_dim / VECTOR), slot % (head_dim / VECTOR));
         let token = min(first_token + r / shared, tokens - 1);
-        let value = q[((token * heads + first_head + r % shared) * head_dim + i) as usize];
-        queries[place(r / comptime!(OWN[0]), r, i, head_dim)] = value * scale;
+        let at = (token * heads + first_head + r % shared) * head_dim + VECTOR * i;
+        queries[place(r / comptime!(OWN[0]), r, i, comptime!(head_dim / VECTOR))] = four(q, at) * Four::new(scale);
         slot += UNITS;
     }
     let (mut tops, mut totals) =
@@ -139,11 +143,11 @@ pub(super) fn in_tiles(
     for r in 0..comptime!(OWN[0]) {
         let token = first_token + (row + r) / shared;
         if token < tokens {
-            let at = (token * heads + first_head + (row + r) % shared) * head_dim + side;
+            let at = (token * heads + first_head + (row + r) % shared) * head_dim + side * own_numbers;
             #[unroll]
             for i in 0..own_numbers {
                 let number = comptime!((r * own_numbers + i) as usize);
-                out[(at + i * SIDE) as usize] = mixed[number] / totals[comptime!(r as usize)];
+                out[(at + i) as usize] = mixed[number] / totals[comptime!(r as usize)];
             }
         }
     }
@@ -155,18 +159,29 @@ fn is_seen(key: u32, end: u32, window: u32) -> bool {
     key < end && end - key <= window
 }
 
-/// Where number `i` of row `row` lies, in rows of `width` numbers: `turn` says which banks a row starts at, so that units
+/// Where number `i` of row `row` lies, or vector, in rows of `width`: `turn` says which banks a row starts at, so that units
 /// that read the same number of different rows, or different numbers of one row, do not wait for each other.
 #[cube]
 fn place(turn: u32, row: u32, i: u32, #[comptime] width: u32) -> usize {
-    (row * width + (i ^ (turn % SIDE))) as usize
+    (row * width + (i ^ (turn % comptime!(if width < SIDE { width } else { SIDE })))) as usize
+}
+
+/// Four neighbouring numbers.
+#[cube]
+fn four(from: &Array<f32>, at: u32) -> Four {
+    let mut four = Four::empty();
+    #[unroll]
+    for n in 0..VECTOR {
+        four[comptime!(n as usize)] = from[(at + n) as usize];
+    }
+    four
 }
 
 /// Brings the keys or values of a tile; zeros past the last one.
 #[cube]
 fn bring(
     from: &Array<f32>,
-    tile: &mut SharedMemory<f32>,
+    tile: &mut SharedMemory<Four>,
     start: u32,
     end: u32,
     slots: u32,
@@ -174,14 +189,15 @@ fn bring(
     column: u32,
     #[comptime] head_dim: u32,
 ) {
+    let fours = comptime!(head_dim / VECTOR);
     let mut slot = UNIT_POS;
-    while slot < comptime!(KEYS * head_dim) {
-        let (key, i) = (slot / head_dim, slot % head_dim);
-        let mut value = f32::new(0.0);
+    while slot < comptime!(KEYS * fours) {
+        let (key, i) = (slot / fours, slot % fours);
+        let mut value = Four::new(0.0);
         if start + key < end {
-            value = from[((start + key) % slots * width + column + i) as usize];
+            value = four(from, (start + key) % slots * width + column + VECTOR * i);
         }
-        tile[place(key, key, i, head_dim)] = value;
+        tile[place(key, key, i, fours)] = value;
         slot += UNITS;
     }
 }
@@ -189,40 +205,47 @@ fn bring(
 /// The scores of a unit's queries with its keys: `[OWN[0], OWN[1]]`.
 #[cube]
 fn products(
-    queries: &SharedMemory<f32>,
-    tile: &SharedMemory<f32>,
+    queries: &SharedMemory<Four>,
+    tile: &SharedMemory<Four>,
     row: u32,
     side: u32,
     #[comptime] head_dim: u32,
 ) -> Array<f32> {
+    let fours = comptime!(head_dim / VECTOR);
     let mut scores = Array::<f32>::new(comptime!((OWN[0] * OWN[1]) as usize));
     #[unroll]
     for number in 0..comptime!((OWN[0] * OWN[1]) as usize) {
         scores[number] = 0.0;
     }
-    for i in 0..head_dim {
-        let mut own_keys = Array::<f32>::new(comptime!(OWN[1] as usize));
+    for i in 0..fours {
+        let mut own_keys = Array::<Four>::new(comptime!(OWN[1] as usize));
         #[unroll]
         for k in 0..comptime!(OWN[1]) {
-            own_keys[comptime!(k as usize)] = tile[place(side, side + k * SIDE, i, head_dim)];
+            own_keys[comptime!(k as usize)] = tile[place(side, side + k * SIDE, i, fours)];
         }
         #[unroll]
         for r in 0..comptime!(OWN[0]) {
-            let query = queries[place(row / comptime!(OWN[0]), row + r, i, head_dim)];
+            let query = queries[place(row / comptime!(OWN[0]), row + r, i, fours)];
             #[unroll]
             for k in 0..comptime!(OWN[1]) {
-                scores[comptime!((r * OWN[1] + k) as usize)] += query * own_keys[comptime!(k as usize)];
+                let key = own_keys[comptime!(k as usize)];
+                let mut score = scores[comptime!((r * OWN[1] + k) as usize)];
+                #[unroll]
+                for n in 0..comptime!(VECTOR as usize) {
+                    score += query[n] * key[n];
+                }
+                scores[comptime!((r * OWN[1] + k) as usize)] = score;
             }
         }
     }
     scores
 }
 
-/// Adds a tile's values by their shares, and the shares.
+/// Adds a tile's values by their shares, and the shares. A unit looks after neighbouring numbers of each of its rows.
 #[cube]
 fn mix(
     shares: &SharedMemory<f32>,
-    tile: &SharedMemory<f32>,
+    tile: &SharedMemory<Four>,
     row: u32,
     side: u32,
     #[comptime] head_dim: u32,
@@ -231,19 +254,28 @@ fn mix(
 ) {
     let own_numbers = comptime!(head_dim / SIDE);
     for key in 0..KEYS {
-        let mut own_values = Array::<f32>::new(comptime!(own_numbers as usize));
-        #[unroll]
-        for i in 0..own_numbers {
-            own_values[comptime!(i as usize)] = tile[place(key, key, side + i * SIDE, head_dim)];
-        }
+        let first = side * own_numbers;
+        let four = tile[place(key, key, first / VECTOR, comptime!(head_dim / VECTOR))];
         #[unroll]
         for r in 0..comptime!(OWN[0]) {
             let share = shares[place(row / comptime!(OWN[0]), row + r, key, KEYS)];
             totals[comptime!(r as usize)] += share;
             #[unroll]
             for i in 0..own_numbers {
-                mixed[comptime!((r * own_numbers + i) as usize)] += share * own_values[comptime!(i as usize)];
+                let mut value = four[comptime!(i as usize)];
+                if comptime!(own_numbers < VECTOR) {
+                    value = part(four, first % VECTOR + i);
+                }
+                mixed[comptime!((r * own_numbers + i) as usize)] += share * value;
             }
         }
     }
+}
+
+/// One of four numbers.
+#[cube]
+fn part(four: Four, n: u32) -> f32 {
+    let low = select(n & 1 == 0, four[0], four[1]);
+    let high = select(n & 1 == 0, four[2], four[3]);
+    select(n < 2, low, high)
 }

@@ -1,5 +1,6 @@
 //! Products of packed weights with int8 activations: one row and token at a time for a few tokens, in tiles for many, on
 //! matrix units where the device has them.
+#![allow(unsafe_code)]
 
 use burn::tensor::DType;
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
@@ -10,7 +11,7 @@ use super::{
     device::{Join, joined},
     matrix_units,
     tokens::Tokens,
-    weight::{Packed, digit, dot, level, packed},
+    weight::{Packed, PackedLaunch, digit, dot, level, packed},
 };
 use crate::format::TernaryWeight;
 
@@ -62,12 +63,39 @@ pub(super) const fn is_tiled(tokens: usize) -> bool {
     tokens >= TILED
 }
 
-/// What weights are multiplied with, and what is added.
+/// What is added to products.
+#[derive(CubeLaunch, CubeType)]
+pub(super) struct Addends {
+    bias: Array<f32>,
+    /// `[choices, rows]`
+    residual: Array<f32>,
+    bias_pitch: u32,
+    #[cube(comptime)]
+    biased: bool,
+    #[cube(comptime)]
+    onto: bool,
+}
+
+#[cube]
+impl Addends {
+    /// What the product of a choice with a row begins with.
+    pub(super) fn sum(&self, matrix: u32, choice: u32, row: u32, rows: u32) -> f32 {
+        let mut sum = f32::new(0.0);
+        if comptime!(self.biased) {
+            sum += self.bias[(matrix * self.bias_pitch + row) as usize];
+        }
+        if comptime!(self.onto) {
+            sum += self.residual[(choice * rows + row) as usize];
+        }
+        sum
+    }
+}
+
+/// What weights are multiplied with.
 #[derive(CubeLaunch, CubeType)]
 pub(super) struct Operands {
     pub(super) levels: Array<u32>,
     scales: Array<f32>,
-    bias: Array<f32>,
     /// Of each choice its matrix.
     chosen: Array<i32>,
     /// See [`Plan`].
@@ -79,11 +107,8 @@ pub(super) struct Operands {
     matrix: u32,
     pub(super) choices: u32,
     per_input: u32,
-    bias_pitch: u32,
     #[cube(comptime)]
     pub(super) routed: bool,
-    #[cube(comptime)]
-    biased: bool,
 }
 
 #[cube]
@@ -128,87 +153,140 @@ impl Operands {
     pub(super) fn scale(&self, input: u32) -> f32 {
         self.scales[input as usize]
     }
+}
 
-    /// A product with its bias.
-    pub(super) fn biased(&self, product: f32, matrix: u32, row: u32) -> f32 {
-        let mut product = product;
-        if comptime!(self.biased) {
-            product += self.bias[(matrix * self.bias_pitch + row) as usize];
-        }
-        product
+/// A weight and what is added to its products.
+pub(super) struct Term<'a, R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> {
+    pub(super) weight: &'a TernaryWeight<CubeBackend<R, F, I, BT>>,
+    /// `[matrices, rows]`
+    pub(super) bias: Option<Rows<R>>,
+    /// `[choices, rows]`
+    pub(super) residual: Option<CubeTensor<R>>,
+}
+
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> Term<'_, R, F, I, BT> {
+    /// The kernels' view of it, and room for the products of so many choices. What is not there is not looked at.
+    pub(super) fn launch(self, x: &Tokens<R>, choices: usize) -> (PackedLaunch<R>, AddendsLaunch<R>, CubeTensor<R>) {
+        let (biased, onto) = (self.bias.is_some(), self.residual.is_some());
+        let (bias, pitch) = self.bias.map_or_else(|| (x.scales.clone(), 0), |bias| (bias.array, bias.pitch));
+        let residual = self.residual.unwrap_or_else(|| x.scales.clone());
+        let addends = AddendsLaunch::new(bias.into_array_arg(), residual.into_array_arg(), pitch as u32, biased, onto);
+        (packed(self.weight), addends, room(&x.levels, [choices, self.weight.layout.rows], DType::F32))
     }
 }
 
-/// The products of tokens, or of choices, with their matrices, plus a bias `[matrices, rows]`: `[choices, rows]`.
+impl<R: CubeRuntime> Tokens<R> {
+    /// The kernels' view of tokens, or of choices, without those of [`Routes`] where all take the same matrix.
+    pub(super) fn operands(&self, matrix: usize, routes: Option<&Routes<R>>) -> OperandsLaunch<R> {
+        let none = || self.levels.clone();
+        let chosen = routes.map_or_else(none, |routes| routes.chosen.clone());
+        let plan = routes.and_then(|routes| routes.plan.as_ref());
+        OperandsLaunch::new(
+            self.levels.clone().into_array_arg(),
+            self.scales.clone().into_array_arg(),
+            chosen.into_array_arg(),
+            plan.map_or_else(none, |plan| plan.order.clone()).into_array_arg(),
+            plan.map_or_else(none, |plan| plan.tiles.clone()).into_array_arg(),
+            self.words as u32,
+            matrix as u32,
+            self.choices(routes) as u32,
+            routes.map_or(1, |routes| routes.per_input) as u32,
+            routes.is_some(),
+        )
+    }
+
+    fn choices(&self, routes: Option<&Routes<R>>) -> usize {
+        routes.map_or(self.count, |routes| routes.chosen.meta.num_elements())
+    }
+}
+
+/// The products of tokens, or of choices, with their matrices, plus what is added to them: `[choices, rows]`.
 pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     x: &Tokens<R>,
-    weight: &TernaryWeight<CubeBackend<R, F, I, BT>>,
-    bias: Option<Rows<R>>,
+    term: Term<R, F, I, BT>,
     matrices: Matrices<R>,
 ) -> CubeTensor<R> {
     let (matrix, routes) = match matrices {
         Matrices::One(matrix) => (matrix, None),
         Matrices::Routed(routes) => (0, Some(routes)),
     };
-    let choices = routes.as_ref().map_or(x.count, |routes| routes.chosen.meta.num_elements());
-    let rows = weight.layout.rows;
-    let out = room(&x.levels, [choices, rows], DType::F32);
+    let (choices, rows) = (x.choices(routes.as_ref()), term.weight.layout.rows);
+    let (weight, addends, out) = term.launch(x, choices);
     if choices == 0 {
         return out;
     }
-    let (routed, biased) = (routes.is_some(), bias.is_some());
-    // What is not there is not looked at.
-    let (bias, bias_pitch) = bias.map_or_else(|| (x.scales.clone(), 0), |bias| (bias.array, bias.pitch));
-    let per_input = routes.as_ref().map_or(1, |routes| routes.per_input);
-    let (chosen, plan) = routes.map_or_else(|| (x.levels.clone(), None), |routes| (routes.chosen, routes.plan));
-    let is_few = if routed { plan.is_none() } else { !is_tiled(choices) };
-    let (order, tiles, count) = match plan {
-        Some(plan) => (plan.order, plan.tiles, plan.count),
-        None => (x.levels.clone(), x.levels.clone(), choices.div_ceil(TILE as usize)),
-    };
-    let operands = OperandsLaunch::new(
-        x.levels.clone().into_array_arg(),
-        x.scales.clone().into_array_arg(),
-        bias.into_array_arg(),
-        chosen.into_array_arg(),
-        order.into_array_arg(),
-        tiles.into_array_arg(),
-        x.words as u32,
-        matrix as u32,
-        choices as u32,
-        per_input as u32,
-        bias_pitch as u32,
-        routed,
-        biased,
-    );
-    let (client, weight, product) = (out.client.clone(), packed(weight), out.clone().into_array_arg());
+    let plan = routes.as_ref().map(|routes| routes.plan.as_ref().map(|plan| plan.count));
+    let is_few = plan.map_or(!is_tiled(choices), |plan| plan.is_none());
+    let tiles = plan.flatten().unwrap_or(choices.div_ceil(TILE as usize));
+    let operands = x.operands(matrix, routes.as_ref());
+    let (client, product) = (out.client.clone(), out.clone().into_array_arg());
     let has_units = matrix_units::are_there(&client);
     let cubes = |rows_a_cube, tiles| CubeCount::Static((rows as u32).div_ceil(rows_a_cube), tiles as u32, 1);
     match (is_few, has_units) {
         (true, true) => {
-            let tokens = if routed { choices } else { choices.div_ceil(matrix_units::FEW as usize) };
+            let tokens = if routes.is_some() { choices } else { choices.div_ceil(matrix_units::FEW as usize) };
             let (cubes, dim) = (cubes(matrix_units::FEW_ROWS, tokens), CubeDim::new_1d(matrix_units::UNITS));
-            matrix_units::few::launch::<R>(&client, cubes, dim, operands, weight, product);
+            // SAFETY: see `matrix_units`.
+            unsafe {
+                matrix_units::few::launch_unchecked::<R>(&client, cubes, dim, operands, weight, addends, product);
+            }
         }
         (true, false) => {
             let (cubes, dim) = (cubes(ROWS, choices), CubeDim::new_1d(LANES * ROWS));
-            row_by_row::launch::<R>(&client, cubes, dim, operands, weight, product);
+            row_by_row::launch::<R>(&client, cubes, dim, operands, weight, addends, product);
         }
         (false, true) => {
-            let (cubes, dim) = (cubes(matrix_units::ROWS, count), CubeDim::new_1d(matrix_units::UNITS));
-            matrix_units::many::launch::<R>(&client, cubes, dim, operands, weight, product);
+            let (cubes, dim) = (cubes(matrix_units::ROWS, tiles), CubeDim::new_1d(matrix_units::UNITS));
+            // SAFETY: see `matrix_units`.
+            unsafe {
+                matrix_units::many::launch_unchecked::<R>(&client, cubes, dim, operands, weight, addends, product);
+            }
         }
         (false, false) => {
-            let (cubes, dim) = (cubes(TILE, count), CubeDim::new_1d((TILE / PART) * (TILE / PART)));
-            tiled::launch::<R>(&client, cubes, dim, operands, weight, product);
+            let (cubes, dim) = (cubes(TILE, tiles), CubeDim::new_1d((TILE / PART) * (TILE / PART)));
+            tiled::launch::<R>(&client, cubes, dim, operands, weight, addends, product);
         }
     }
     out
 }
 
+/// The products of the same tokens with three matrices, in one launch where the device can.
+pub(super) fn three_products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    x: &Tokens<R>,
+    terms: [Term<R, F, I, BT>; 3],
+) -> [CubeTensor<R>; 3] {
+    let client = x.levels.client.clone();
+    if x.count == 0 || is_tiled(x.count) || !matrix_units::are_there(&client) {
+        return terms.map(|term| products(x, term, Matrices::One(0)));
+    }
+    let blocks = terms.each_ref().map(|term| (term.weight.layout.rows as u32).div_ceil(matrix_units::FEW_ROWS));
+    let [(a, to_a, first), (b, to_b, second), (c, to_c, third)] = terms.map(|term| term.launch(x, x.count));
+    // SAFETY: see `matrix_units`.
+    unsafe {
+        matrix_units::few_of_three::launch_unchecked::<R>(
+            &client,
+            CubeCount::Static(blocks.iter().sum(), x.count.div_ceil(matrix_units::FEW as usize) as u32, 1),
+            CubeDim::new_1d(matrix_units::UNITS),
+            x.operands(0, None),
+            a,
+            b,
+            c,
+            to_a,
+            to_b,
+            to_c,
+            first.clone().into_array_arg(),
+            second.clone().into_array_arg(),
+            third.clone().into_array_arg(),
+            blocks[0],
+            blocks[1],
+        );
+    }
+    [first, second, third]
+}
+
 /// A cube computes [`ROWS`] rows of one choice, [`LANES`] units each of them.
 #[cube(launch)]
-fn row_by_row(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
+fn row_by_row(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>) {
     let choice = CUBE_POS_Y;
     let input = x.input_of(choice);
     let lane = UNIT_POS % LANES;
@@ -234,7 +312,7 @@ fn row_by_row(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
         }
     }
     if lane == 0 && known {
-        out[(choice * weight.rows + row) as usize] = x.biased(y, matrix, row);
+        out[(choice * weight.rows + row) as usize] = y + addends.sum(matrix, choice, row, weight.rows);
     }
 }
 
@@ -254,7 +332,7 @@ fn word_total(levels: &Array<u32>, at: u32, weight: &Packed, row: u32, word: u32
 
 /// A cube computes [`TILE`] rows of as many choices that share a matrix.
 #[cube(launch)]
-fn tiled(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
+fn tiled(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>) {
     let (matrix, start, end) = x.tile(CUBE_POS_Y);
     if matrix < 0 {
         terminate!();
@@ -331,8 +409,9 @@ fn tiled(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
             let row = first_row + own_row + r;
             let place = start + own_choice + c;
             if row < weight.rows && place < end {
-                let y = x.biased(y[comptime!((r * PART + c) as usize)], matrix, row);
-                out[(x.choice_at(place) * weight.rows + row) as usize] = y;
+                let choice = x.choice_at(place);
+                let added = addends.sum(matrix, choice, row, weight.rows);
+                out[(choice * weight.rows + row) as usize] = y[comptime!((r * PART + c) as usize)] + added;
             }
         }
     }

@@ -1,6 +1,11 @@
 //! Products on matrix units, which multiply int8 with int8: NVIDIA's from Ampere on, by CUDA.
 //!
 //! Four trits become four int8 in three operations. The sums are the whole numbers that the other kernels find.
+//!
+//! No access is checked on the device, which would take a good part of the time. All of them are within the arrays: a matrix
+//! is one of the weight's (`few` asks; tiles are made of experts that exist), rows end at the weight's last one, words at those
+//! of a row, of which there is a multiple of [`STEP`] whatever the width, choices at the last one, and an array has the size
+//! that a [`TernaryWeight`](crate::TernaryWeight) was checked for when it was put together.
 
 use burn_cubecl::CubeRuntime;
 use cubecl::{
@@ -10,7 +15,7 @@ use cubecl::{
 };
 
 use super::{
-    linear::{Operands, TILE},
+    linear::{Addends, Operands, TILE},
     weight::Packed,
 };
 use crate::format::CodeFormat;
@@ -49,8 +54,8 @@ pub(super) fn are_there<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
 }
 
 /// A cube computes [`ROWS`] rows of [`TILE`] choices that share a matrix.
-#[cube(launch)]
-pub(super) fn many(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
+#[cube(launch_unchecked)]
+pub(super) fn many(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>) {
     let (matrix, start, end) = x.tile(CUBE_POS_Y);
     if matrix < 0 {
         terminate!();
@@ -124,19 +129,50 @@ pub(super) fn many(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
         for c in 0..comptime!(2 * PARTS[1]) {
             let place = start + first_choice + c / 2 * 8 + 2 * quarter + c % 2;
             if row < weight.rows && place < end {
-                let y = x.biased(y[comptime!(number_of(r, c))], matrix, row);
-                out[(x.choice_at(place) * weight.rows + row) as usize] = y;
+                let choice = x.choice_at(place);
+                let added = addends.sum(matrix, choice, row, weight.rows);
+                out[(choice * weight.rows + row) as usize] = y[comptime!(number_of(r, c))] + added;
             }
         }
     }
 }
 
-/// A cube computes [`FEW_ROWS`] rows of one choice, or of up to [`FEW`] tokens that share the matrix. Its planes share the
-/// depth, [`AHEAD`] steps of which they fetch at once.
-#[cube(launch)]
-pub(super) fn few(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
+/// A cube computes [`FEW_ROWS`] rows of one choice, or of up to [`FEW`] tokens that share the matrix.
+#[cube(launch_unchecked)]
+pub(super) fn few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>) {
+    block_of_few(x, weight, addends, out, CUBE_POS_X);
+}
+
+/// [`few`] of three matrices, one after the other.
+#[cube(launch_unchecked)]
+pub(super) fn few_of_three(
+    x: &Operands,
+    first: &Packed,
+    second: &Packed,
+    third: &Packed,
+    to_first: &Addends,
+    to_second: &Addends,
+    to_third: &Addends,
+    first_out: &mut Array<f32>,
+    second_out: &mut Array<f32>,
+    third_out: &mut Array<f32>,
+    first_blocks: u32,
+    second_blocks: u32,
+) {
+    if CUBE_POS_X < first_blocks {
+        block_of_few(x, first, to_first, first_out, CUBE_POS_X);
+    } else if CUBE_POS_X < first_blocks + second_blocks {
+        block_of_few(x, second, to_second, second_out, CUBE_POS_X - first_blocks);
+    } else {
+        block_of_few(x, third, to_third, third_out, CUBE_POS_X - first_blocks - second_blocks);
+    }
+}
+
+/// The planes of a cube share the depth, [`AHEAD`] steps of which they fetch at once.
+#[cube]
+fn block_of_few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>, block: u32) {
     let (line, quarter, plane) = (UNIT_POS % PLANE / 4, UNIT_POS % 4, UNIT_POS / PLANE);
-    let first_row = CUBE_POS_X * FEW_ROWS;
+    let first_row = block * FEW_ROWS;
     let mut first_choice = CUBE_POS_Y;
     let mut width = u32::new(1);
     if comptime!(!x.routed) {
@@ -151,6 +187,20 @@ pub(super) fn few(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
     let mut parts = SharedMemory::<i32>::new(comptime!((4 * UNITS) as usize));
     // Who adds up what the planes found: of a row and a choice each.
     let (own_row, own_choice) = (first_row + line + plane / 2 * 8, 2 * quarter + plane % 2);
+    let is_own = plane < 4 && own_row < weight.rows && own_choice < width;
+    let choice = first_choice + own_choice;
+    // Fetched before it is waited for.
+    let (mut added, mut scale) = (f32::new(0.0), f32::new(0.0));
+    let mut row_scales = Array::<f32>::new(comptime!(weight.shape.planes as usize));
+    if is_own {
+        added = addends.sum(matrix, choice, own_row, weight.rows);
+        scale = x.scale(x.input_of(choice));
+        #[unroll]
+        for weight_plane in 0..weight.shape.planes {
+            let row = weight.row(matrix, weight_plane, own_row);
+            row_scales[comptime!(weight_plane as usize)] = weight.row_scale(row);
+        }
+    }
     let mut y = f32::new(0.0);
     #[unroll]
     for weight_plane in 0..weight.shape.planes {
@@ -175,20 +225,18 @@ pub(super) fn few(x: &Operands, weight: &Packed, out: &mut Array<f32>) {
             parts[(number * UNITS + UNIT_POS) as usize] = totals[comptime!(number as usize)];
         }
         sync_cube();
-        if plane < 4 && own_row < weight.rows && own_choice < width {
+        if is_own {
             let mut total = i32::new(0);
             #[unroll]
             for other in 0..comptime!(UNITS / PLANE) {
                 total += parts[(plane * UNITS + other * PLANE + UNIT_POS % PLANE) as usize];
             }
-            let row_scale = weight.row_scale(weight.row(matrix, weight_plane, own_row));
-            y += f32::cast_from(total) * (row_scale * x.scale(x.input_of(first_choice + own_choice)));
+            y += f32::cast_from(total) * (row_scales[comptime!(weight_plane as usize)] * scale);
         }
         sync_cube();
     }
-    if plane < 4 && own_row < weight.rows && own_choice < width {
-        let choice = first_choice + own_choice;
-        out[(choice * weight.rows + own_row) as usize] = x.biased(y, matrix, own_row);
+    if is_own {
+        out[(choice * weight.rows + own_row) as usize] = y + added;
     }
 }
 

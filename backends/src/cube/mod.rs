@@ -24,12 +24,12 @@ use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElemen
 use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 
 use crate::{
-    format::{Rotation, TernaryWeight},
-    ops::{BiasedWeight, LayerCache, StoredMatrix, TernaryBackend, TernaryExperts},
+    format::TernaryWeight,
+    ops::{BiasedWeight, ExpertLayer, LayerCache, StoredMatrix, TernaryBackend, TernaryExperts},
 };
 use buffer::{float_rows, floats, integers, tensor};
-use linear::{Matrices, products};
-use tokens::{Before, Tokens, quantize};
+use linear::{Matrices, Term, products, three_products};
+use tokens::{Before, quantize};
 
 /// Vulkan, Metal, DirectX 12 or WebGPU.
 #[cfg(feature = "wgpu")]
@@ -57,7 +57,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
 
     fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
         let tokens = quantize(floats(x), Before::Nothing, &weight.layout);
-        tensor(products(&tokens, weight, None, Matrices::One(matrix)))
+        tensor(products(&tokens, Term { weight, bias: None, residual: None }, Matrices::One(matrix)))
     }
 
     fn ternary_linears(x: Tensor<Self, 2>, linears: &[BiasedWeight<Self>]) -> Vec<Tensor<Self, 2>> {
@@ -74,6 +74,12 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         linears_of(floats(x), || Before::Norm(gamma.clone(), epsilon as f32), linears)
     }
 
+    fn linear_onto(residual: Tensor<Self, 2>, x: Tensor<Self, 2>, linear: &BiasedWeight<Self>) -> Tensor<Self, 2> {
+        let tokens = quantize(floats(x), Before::Nothing, &linear.weight.layout);
+        let term = Term { residual: Some(floats(residual)), ..term(linear) };
+        tensor(products(&tokens, term, Matrices::One(0)))
+    }
+
     fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
         tensor(routing::rms_norm(floats(x), floats(gamma), epsilon as f32))
     }
@@ -84,7 +90,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         bias: Tensor<Self, 1>,
         k: usize,
     ) -> (Tensor<Self, 2, Int>, Tensor<Self, 2>) {
-        let (chosen, weights) = routing::route(floats(x), floats(weight), floats(bias), k);
+        let (chosen, weights) = routing::route(floats(x), None, floats(weight), floats(bias), k);
         (Tensor::from_primitive(chosen), tensor(weights))
     }
 
@@ -95,6 +101,10 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         experts: &TernaryExperts<Self>,
     ) -> Tensor<Self, 2> {
         tensor(experts::experts(floats(x), ids(chosen), floats(weights), experts))
+    }
+
+    fn expert_layer(x: Tensor<Self, 2>, layer: &ExpertLayer<Self>) -> Tensor<Self, 2> {
+        tensor(experts::expert_layer(floats(x), layer))
     }
 
     fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
@@ -162,8 +172,13 @@ fn stored_linear<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement
     Tensor::cat(products.collect(), 1)
 }
 
-/// What rounded tokens depend on: how many inputs a packed row has, and their rotation.
-type Key = (usize, Option<Rotation>);
+/// A weight with its bias.
+fn term<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    linear: &BiasedWeight<CubeBackend<R, F, I, BT>>,
+) -> Term<'_, R, F, I, BT> {
+    let bias = linear.bias.clone().map(|bias| float_rows(bias).holding(1, linear.weight.layout.rows));
+    Term { weight: &linear.weight, bias, residual: None }
+}
 
 /// Products of one input with several matrices; weights packed alike share the rounded input.
 fn linears_of<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
@@ -171,15 +186,14 @@ fn linears_of<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     before: impl Fn() -> Before<R>,
     linears: &[BiasedWeight<CubeBackend<R, F, I, BT>>],
 ) -> Vec<Tensor<CubeBackend<R, F, I, BT>, 2>> {
-    let mut rounded: Option<(Key, Tokens<R>)> = None;
-    let product = |BiasedWeight { weight, bias }: &BiasedWeight<CubeBackend<R, F, I, BT>>| {
-        let key: Key = (weight.layout.packed_inputs(), weight.layout.rotation);
-        let tokens = match rounded.take() {
-            Some((known, tokens)) if known == key => tokens,
-            _ => quantize(x.clone(), before(), &weight.layout),
-        };
-        rounded = Some((key, tokens.clone()));
-        tensor(products(&tokens, weight, bias.clone().map(float_rows), Matrices::One(0)))
-    };
-    linears.iter().map(product).collect()
+    // What rounded tokens depend on.
+    let key = |linear: &BiasedWeight<_>| (linear.weight.layout.packed_inputs(), linear.weight.layout.rotation);
+    let alike = linears.chunk_by(|a, b| key(a) == key(b)).flat_map(|alike| {
+        let tokens = quantize(x.clone(), before(), &alike[0].weight.layout);
+        match alike {
+            [a, b, c] => three_products(&tokens, [a, b, c].map(term)).to_vec(),
+            _ => alike.iter().map(|linear| products(&tokens, term(linear), Matrices::One(0))).collect(),
+        }
+    });
+    alike.map(tensor).collect()
 }

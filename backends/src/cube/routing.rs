@@ -74,9 +74,16 @@ fn rms_norm_kernel(
     }
 }
 
+/// A norm that is yet to be applied to tokens: its `gamma`, and what each token is multiplied with besides, `[tokens]`.
+pub(super) struct PendingNorm<R: CubeRuntime> {
+    pub(super) gamma: CubeTensor<R>,
+    pub(super) factors: CubeTensor<R>,
+}
+
 /// [`route`](crate::route): the numbers of the chosen experts, `I32`, and their weights, `[tokens, k]` each.
 pub(super) fn route<R: CubeRuntime>(
     x: CubeTensor<R>,
+    norm: Option<PendingNorm<R>>,
     weight: CubeTensor<R>,
     bias: CubeTensor<R>,
     k: usize,
@@ -90,28 +97,33 @@ pub(super) fn route<R: CubeRuntime>(
     // One cube would read the router's weights all alone.
     let parts = hidden.div_ceil(PART).max(1);
     let scores = room(&x, [tokens, parts, experts], DType::F32);
-    let client = x.client.clone();
+    let (client, normed) = (x.client.clone(), norm.is_some());
+    let (gamma, factors) = norm.map_or_else(|| (x.clone(), x.clone()), |norm| (norm.gamma, norm.factors));
     score::launch::<R>(
         &client,
         CubeCount::Static(parts as u32, tokens as u32, 1),
         CubeDim::new_1d(UNITS),
         x.into_array_arg(),
+        gamma.into_array_arg(),
         weight.into_array_arg(),
         scores.clone().into_array_arg(),
         hidden as u32,
         experts as u32,
+        normed,
     );
     choose::launch::<R>(
         &client,
         CubeCount::Static(tokens as u32, 1, 1),
         CubeDim::new_1d(UNITS),
         scores.into_array_arg(),
+        factors.into_array_arg(),
         bias.into_array_arg(),
         chosen.clone().into_array_arg(),
         weights.clone().into_array_arg(),
         k as u32,
         parts as u32,
         experts as u32,
+        normed,
     );
     (chosen, weights)
 }
@@ -119,7 +131,15 @@ pub(super) fn route<R: CubeRuntime>(
 /// What [`PART`] inputs of a token add to the score of each expert. Runs of units look after as many experts and share the
 /// inputs.
 #[cube(launch)]
-fn score(x: &Array<f32>, weight: &Array<f32>, scores: &mut Array<f32>, hidden: u32, #[comptime] experts: u32) {
+fn score(
+    x: &Array<f32>,
+    gamma: &Array<f32>,
+    weight: &Array<f32>,
+    scores: &mut Array<f32>,
+    hidden: u32,
+    #[comptime] experts: u32,
+    #[comptime] normed: bool,
+) {
     let (part, token) = (CUBE_POS_X, CUBE_POS_Y);
     let run_width = comptime!(if experts < UNITS { experts.next_power_of_two() } else { UNITS });
     let mut sums = SharedMemory::<f32>::new(comptime!(UNITS as usize));
@@ -130,10 +150,16 @@ fn score(x: &Array<f32>, weight: &Array<f32>, scores: &mut Array<f32>, hidden: u
         let expert = block * run_width + own;
         let mut sum = f32::new(0.0);
         if expert < experts {
-            let mut i = part * comptime!(PART as u32) + run;
-            while i < end {
-                sum += x[(token * hidden + i) as usize] * weight[(i * experts + expert) as usize];
-                i += comptime!(UNITS / run_width);
+            #[unroll]
+            for n in 0..comptime!((PART as u32).div_ceil(UNITS / run_width)) {
+                let i = part * comptime!(PART as u32) + run + n * comptime!(UNITS / run_width);
+                if i < end {
+                    let mut value = x[(token * hidden + i) as usize];
+                    if comptime!(normed) {
+                        value *= gamma[i as usize];
+                    }
+                    sum += value * weight[(i * experts + expert) as usize];
+                }
             }
         }
         sums[UNIT_POS as usize] = sum;
@@ -154,12 +180,14 @@ fn score(x: &Array<f32>, weight: &Array<f32>, scores: &mut Array<f32>, hidden: u
 #[cube(launch)]
 fn choose(
     parts_of_scores: &Array<f32>,
+    factors: &Array<f32>,
     bias: &Array<f32>,
     chosen: &mut Array<i32>,
     weights: &mut Array<f32>,
     #[comptime] k: u32,
-    parts: u32,
+    #[comptime] parts: u32,
     #[comptime] experts: u32,
+    #[comptime] normed: bool,
 ) {
     let token = CUBE_POS_X;
     let mut scores = SharedMemory::<f32>::new(comptime!(experts as usize));
@@ -168,10 +196,15 @@ fn choose(
     let mut is_broken = u32::new(0);
     let mut expert = UNIT_POS;
     while expert < experts {
-        let mut score = bias[expert as usize];
+        let mut score = f32::new(0.0);
+        #[unroll]
         for part in 0..parts {
             score += parts_of_scores[((token * parts + part) * experts + expert) as usize];
         }
+        if comptime!(normed) {
+            score *= factors[token as usize];
+        }
+        score += bias[expert as usize];
         // NaN has no rank, so that it does not leave a place empty.
         if is_nan(score) {
             is_broken = 1;

@@ -1,6 +1,7 @@
 //! Rows of full-precision matrices as they are stored, and of ternary ones: embedding and output layer.
+#![allow(unsafe_code)]
 
-use burn::tensor::DType;
+use burn::tensor::{DType, backend::Backend};
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
 use cubecl::prelude::*;
 
@@ -27,7 +28,7 @@ pub(super) fn rows<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEleme
     let (count, columns) = (ids.meta.num_elements(), matrix.columns());
     let out = room(&ids, [count, columns], DType::F32);
     if count > 0 {
-        let words = integer_rows(matrix.words.clone());
+        let words = integer_rows(matrix.words.clone()).holding(matrix.rows(), words_of_row(matrix));
         rows_kernel::launch::<R>(
             &out.client.clone(),
             CubeCount::Static((columns as u32).div_ceil(LANES * ROWS), count as u32, 1),
@@ -42,6 +43,11 @@ pub(super) fn rows<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEleme
         );
     }
     out
+}
+
+/// Words that a row takes.
+fn words_of_row<B: Backend>(matrix: &StoredMatrix<B>) -> usize {
+    matrix.columns() * matrix.float().bytes() / 4
 }
 
 #[cube(launch)]
@@ -98,28 +104,33 @@ pub(super) fn linear<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEle
     let count = ids.as_ref().map_or(matrix.rows(), |ids| ids.meta.num_elements());
     let out = room(&x, [tokens, count], DType::F32);
     if tokens * count > 0 {
-        let (some, words) = (ids.is_some(), integer_rows(matrix.words.clone()));
-        linear_kernel::launch::<R>(
-            &out.client.clone(),
-            CubeCount::Static((count as u32).div_ceil(ROWS), tokens as u32, 1),
-            CubeDim::new_1d(LANES * ROWS),
-            x.clone().into_array_arg(),
-            words.array.into_array_arg(),
-            ids.unwrap_or(x).into_array_arg(),
-            out.clone().into_array_arg(),
-            matrix.rows() as u32,
-            matrix.columns() as u32,
-            count as u32,
-            words.pitch as u32,
-            matrix.float(),
-            some,
-        );
+        let words = integer_rows(matrix.words.clone()).holding(matrix.rows(), words_of_row(matrix));
+        let some = ids.is_some();
+        // SAFETY: rows are those of the matrix, which has been checked for its size, and others are not looked at; columns,
+        // tokens and products end at the last one.
+        unsafe {
+            linear_kernel::launch_unchecked::<R>(
+                &out.client.clone(),
+                CubeCount::Static((count as u32).div_ceil(ROWS), tokens as u32, 1),
+                CubeDim::new_1d(LANES * ROWS),
+                x.clone().into_array_arg(),
+                words.array.into_array_arg(),
+                ids.unwrap_or(x).into_array_arg(),
+                out.clone().into_array_arg(),
+                matrix.rows() as u32,
+                matrix.columns() as u32,
+                count as u32,
+                words.pitch as u32,
+                matrix.float(),
+                some,
+            );
+        }
     }
     out
 }
 
 /// A cube computes [`ROWS`] products of one token, [`LANES`] units each of them.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn linear_kernel(
     x: &Array<f32>,
     words: &Array<u32>,

@@ -27,6 +27,8 @@ pub(super) struct Tokens<R: CubeRuntime> {
     pub(super) levels: CubeTensor<R>,
     /// `[tokens]`: NaN for a token that is not finite.
     pub(super) scales: CubeTensor<R>,
+    /// `[tokens]`: what a norm multiplied each token with, `gamma` apart; nothing of use without a norm.
+    pub(super) norms: CubeTensor<R>,
     pub(super) count: usize,
     pub(super) words: usize,
 }
@@ -57,6 +59,8 @@ pub(super) fn quantize<R: CubeRuntime>(x: CubeTensor<R>, before: Before<R>, layo
     let words = layout.packed_inputs().next_multiple_of(BLOCK) / 4;
     let levels = room(&x, [count, words], DType::U32);
     let scales = room(&x, [count], DType::F32);
+    let is_normed = matches!(before, Before::Norm(..));
+    let norms = if is_normed { room(&x, [count], DType::F32) } else { scales.clone() };
     if count > 0 {
         let (kind, gamma, numbers) = match before {
             Before::Nothing => (Kind::Plain, x.clone(), [0.0; 2]),
@@ -73,6 +77,7 @@ pub(super) fn quantize<R: CubeRuntime>(x: CubeTensor<R>, before: Before<R>, layo
             gamma.into_array_arg(),
             levels.clone().into_array_arg(),
             scales.clone().into_array_arg(),
+            norms.clone().into_array_arg(),
             in_features as u32,
             words as u32,
             units,
@@ -84,7 +89,7 @@ pub(super) fn quantize<R: CubeRuntime>(x: CubeTensor<R>, before: Before<R>, layo
             layout.rotation.map(|_| Rotation::width(in_features) as u32),
         );
     }
-    Tokens { levels, scales, count, words }
+    Tokens { levels, scales, norms, count, words }
 }
 
 #[cube(launch)]
@@ -93,6 +98,7 @@ fn quantize_kernel(
     gamma: &Array<f32>,
     levels: &mut Array<u32>,
     scales: &mut Array<f32>,
+    norms: &mut Array<f32>,
     in_features: u32,
     #[comptime] words: u32,
     #[comptime] units: u32,
@@ -106,6 +112,7 @@ fn quantize_kernel(
     let token = CUBE_POS_X;
     let rounds = comptime!((4 * words).div_ceil(OWN * units));
     let mut values = Array::<f32>::new(comptime!((OWN * rounds) as usize));
+    let mut factors = Array::<f32>::new(comptime!((OWN * rounds) as usize));
     let mut sum = f32::new(0.0);
     #[unroll]
     for n in 0..comptime!(OWN * rounds) {
@@ -113,6 +120,9 @@ fn quantize_kernel(
         let mut value = f32::new(0.0);
         if i < in_features {
             value = load(x, token * in_features, i, first, second, kind);
+            if comptime!(kind == Kind::Normed) {
+                factors[comptime!(n as usize)] = gamma[i as usize];
+            }
         }
         values[comptime!(n as usize)] = value;
         sum += value * value;
@@ -121,11 +131,14 @@ fn quantize_kernel(
         let mut sums = SharedMemory::<f32>::new(comptime!(units as usize));
         let sum = joined(sum, &mut sums, units, Join::Sum);
         let norm = 1.0 / f32::sqrt(sum / f32::cast_from(in_features) + first);
+        if UNIT_POS == 0 {
+            norms[token as usize] = norm;
+        }
         #[unroll]
         for n in 0..comptime!(OWN * rounds) {
             let i = n / OWN * OWN * units + OWN * UNIT_POS + n % OWN;
             if i < in_features {
-                values[comptime!(n as usize)] = values[comptime!(n as usize)] * norm * gamma[i as usize];
+                values[comptime!(n as usize)] = values[comptime!(n as usize)] * norm * factors[comptime!(n as usize)];
             }
         }
     }

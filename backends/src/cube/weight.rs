@@ -48,26 +48,31 @@ impl PackedShape {
 pub(super) fn packed<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     weight: &TernaryWeight<CubeBackend<R, F, I, BT>>,
 ) -> PackedLaunch<R> {
-    let TernaryLayout { format, planes, rows, group_size, .. } = weight.layout;
-    let codes = integer_rows(weight.codes.clone());
-    let row_scales = float_rows(weight.row_scales.clone());
+    let layout = weight.layout;
+    let TernaryLayout { format, planes, rows, group_size, .. } = layout;
+    let (stacked, words, groups) = (layout.matrices * planes, layout.words_per_row(), layout.groups());
+    let codes = integer_rows(weight.codes.clone()).holding(stacked * rows, words);
+    let row_scales = float_rows(weight.row_scales.clone()).holding(stacked, rows);
     let (group_scales, group_scale_pitch) = match &weight.group_scales {
         Some(scales) => {
-            let scales = words_of_bytes(integer_rows(scales.clone()));
+            let scales = words_of_bytes(integer_rows(scales.clone()).holding(stacked * rows, groups));
             (scales.array, scales.pitch)
         }
-        None => (row_scales.array.clone(), 0),
+        None => {
+            assert!(group_size.is_none(), "no group scales: weights that do not follow their own layout");
+            (row_scales.array.clone(), 0)
+        }
     };
     PackedLaunch::new(
         codes.array.into_array_arg(),
         row_scales.array.into_array_arg(),
         group_scales.into_array_arg(),
-        weight.layout.matrices as u32,
+        layout.matrices as u32,
         rows as u32,
-        weight.layout.words_per_row() as u32,
+        words as u32,
         codes.pitch as u32,
         row_scales.pitch as u32,
-        weight.layout.groups() as u32,
+        groups as u32,
         group_scale_pitch as u32,
         group_size.unwrap_or(1) as u32,
         PackedShape { format, planes: planes as u32, grouped: group_size.is_some() },

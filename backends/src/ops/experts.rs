@@ -1,5 +1,6 @@
 use burn::tensor::{DType, Tensor, backend::Backend};
 
+use super::{TernaryBackend, restore, single, timed};
 use crate::format::{FormatError, TernaryWeight, check_dtype, check_shape};
 
 /// gpt-oss's gate: `gate = min(gate, limit)`, `up = clamp(up, -limit, limit)`,
@@ -66,4 +67,41 @@ impl<B: Backend> TernaryExperts<B> {
     pub fn intermediate(&self) -> usize {
         self.down.layout.in_features
     }
+}
+
+/// The second half of a layer: a norm, a router and its experts.
+#[derive(Debug, Clone)]
+pub struct ExpertLayer<B: Backend> {
+    /// The norm's factors, `[hidden]`: see [`rms_norm`](crate::rms_norm).
+    pub gamma: Tensor<B, 1>,
+    /// The norm's epsilon.
+    pub epsilon: f64,
+    /// `[hidden, experts]`: see [`route`](crate::route).
+    pub router: Tensor<B, 2>,
+    /// `[experts]`
+    pub router_bias: Tensor<B, 1>,
+    /// How many experts a token goes to.
+    pub experts_per_token: usize,
+    /// What they are.
+    pub experts: TernaryExperts<B>,
+}
+
+/// The residual stream `x [tokens, hidden]` after the second half of a layer: `x` plus [`ternary_experts`], which see the
+/// [norm](crate::rms_norm) of `x` and are chosen by [`route`] from it.
+///
+/// [`ternary_experts`]: crate::ternary_experts
+/// [`route`]: crate::route
+///
+/// # Panics
+/// If shapes do not fit each other.
+#[must_use]
+pub fn expert_layer<B: TernaryBackend>(x: Tensor<B, 2>, layer: &ExpertLayer<B>) -> Tensor<B, 2> {
+    let hidden = layer.experts.hidden();
+    assert_eq!([x.dims()[1], layer.gamma.dims()[0]], [hidden; 2], "width of x and of the norm");
+    let experts = layer.experts.experts();
+    assert_eq!(layer.router.dims(), [hidden, experts], "shape of the router");
+    assert_eq!(layer.router_bias.dims(), [experts], "one bias an expert");
+    assert!(layer.experts_per_token <= experts, "{} of {experts} experts", layer.experts_per_token);
+    let dtype = x.dtype();
+    restore(timed(|| B::expert_layer(single(x), layer)), dtype)
 }

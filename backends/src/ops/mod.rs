@@ -24,13 +24,15 @@ mod experts;
 mod stopwatch;
 mod stored;
 
+use std::slice;
+
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 
 pub use attention::{AttentionSpec, ScoreView, cached_attention, sink_attention};
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub(crate) use cache::Ring;
 pub use cache::{KvFormat, LayerCache};
-pub use experts::{ClampedSwiGlu, TernaryExperts};
+pub use experts::{ClampedSwiGlu, ExpertLayer, TernaryExperts, expert_layer};
 pub use stopwatch::time_in_operations;
 pub use stored::{StoredFloat, StoredMatrix, screen, screen_bounds, stored_linear, stored_linear_at, stored_rows};
 
@@ -77,6 +79,12 @@ pub trait TernaryBackend: Backend {
         reference::norm_linears(x, gamma, epsilon, linears)
     }
 
+    /// See [`linear_onto`].
+    #[must_use]
+    fn linear_onto(residual: Tensor<Self, 2>, x: Tensor<Self, 2>, linear: &BiasedWeight<Self>) -> Tensor<Self, 2> {
+        Self::ternary_linears(x, slice::from_ref(linear)).into_iter().fold(residual, |residual, y| residual + y)
+    }
+
     /// See [`rms_norm`].
     #[must_use]
     fn rms_norm(x: Tensor<Self, 2>, gamma: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
@@ -103,6 +111,15 @@ pub trait TernaryBackend: Backend {
         experts: &TernaryExperts<Self>,
     ) -> Tensor<Self, 2> {
         reference::ternary_experts(x, chosen, weights, experts)
+    }
+
+    /// See [`expert_layer`].
+    #[must_use]
+    fn expert_layer(x: Tensor<Self, 2>, layer: &ExpertLayer<Self>) -> Tensor<Self, 2> {
+        let normed = Self::rms_norm(x.clone(), layer.gamma.clone(), layer.epsilon);
+        let (router, bias) = (layer.router.clone(), layer.router_bias.clone());
+        let (chosen, weights) = Self::route(normed.clone(), router, bias, layer.experts_per_token);
+        x + Self::ternary_experts(normed, chosen, weights, &layer.experts)
     }
 
     /// See [`stored_linear`].
@@ -293,6 +310,22 @@ pub fn norm_linears<B: TernaryBackend>(
     let dtype = x.dtype();
     let products = timed(|| B::norm_linears(single(x), single(gamma), epsilon, linears));
     products.into_iter().map(|y| restore(y, dtype)).collect()
+}
+
+/// `residual [tokens, rows]` plus one of [`ternary_linears`] of `x [tokens, in_features]`.
+///
+/// # Panics
+/// If shapes do not fit each other.
+#[must_use]
+pub fn linear_onto<B: TernaryBackend>(
+    residual: Tensor<B, 2>,
+    x: Tensor<B, 2>,
+    linear: &BiasedWeight<B>,
+) -> Tensor<B, 2> {
+    check_linears(&x, slice::from_ref(linear));
+    assert_eq!(residual.dims(), [x.dims()[0], linear.weight.layout.rows], "shape of the residual");
+    let dtype = residual.dtype();
+    restore(timed(|| B::linear_onto(single(residual), single(x), linear)), dtype)
 }
 
 /// # Panics

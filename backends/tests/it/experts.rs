@@ -2,9 +2,9 @@ use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use ternoss_backends::{
-    ClampedSwiGlu, CodeFormat, FormatError, TernaryBackend, TernaryExperts, TernaryLayout,
+    ClampedSwiGlu, CodeFormat, ExpertLayer, FormatError, TernaryBackend, TernaryExperts, TernaryLayout,
     cpu::{self, Kernels},
-    reference, ternary_experts,
+    expert_layer, reference, rms_norm, route, ternary_experts,
 };
 
 use crate::support::{Noise, Weights, all_kernels, assert_close, assert_same, layout, matrix, values};
@@ -44,6 +44,19 @@ impl Layer {
         let down_bias = matrix(&self.down_bias, [EXPERTS, HIDDEN]);
         let (gate_up, down) = (self.gate_up.tensor(), self.down.tensor());
         TernaryExperts::new(gate_up, gate_up_bias, down, down_bias, self.activation).unwrap()
+    }
+
+    /// With a norm and a router before them.
+    pub(crate) fn with_router<B: Backend>(&self) -> ExpertLayer<B> {
+        let mut noise = Noise::new(5);
+        ExpertLayer {
+            gamma: matrix(&noise.floats(HIDDEN), [1, HIDDEN]).reshape([HIDDEN]),
+            epsilon: 1e-5,
+            router: matrix(&noise.floats(HIDDEN * EXPERTS), [HIDDEN, EXPERTS]),
+            router_bias: matrix(&noise.floats(EXPERTS), [1, EXPERTS]).reshape([EXPERTS]),
+            experts_per_token: 3,
+            experts: self.tensors(),
+        }
     }
 
     fn kernels(&self, kernels: Kernels, batch: &Batch) -> Vec<f32> {
@@ -102,6 +115,11 @@ impl Batch {
         Self { x: noise.floats(tokens * HIDDEN), chosen, weights: noise.floats(tokens * k), k }
     }
 
+    /// The tokens after the norm, the router and the experts.
+    pub(crate) fn through<B: TernaryBackend>(&self, layer: &ExpertLayer<B>) -> Vec<f32> {
+        values(expert_layer(matrix(&self.x, [self.tokens(), HIDDEN]), layer))
+    }
+
     fn token(&self, token: usize) -> Self {
         Self {
             x: self.x[token * HIDDEN..(token + 1) * HIDDEN].to_vec(),
@@ -132,6 +150,17 @@ impl Batch {
 
 /// Another exp may round a value between the matrices to the neighbouring int8 level: a few of those are allowed for.
 pub(crate) const ONE_LEVEL: f32 = 0.01;
+
+#[test]
+fn a_layer_of_experts_is_a_norm_a_router_and_the_experts_onto_its_input() {
+    let layer = Layer::new(CodeFormat::T2, 1, Some(64)).with_router::<Flex>();
+    let batch = Batch::new(17, 3);
+    let x: Tensor<Flex, 2> = matrix(&batch.x, [17, HIDDEN]);
+    let normed = rms_norm(x.clone(), layer.gamma.clone(), layer.epsilon);
+    let (chosen, weights) = route(normed.clone(), layer.router.clone(), layer.router_bias.clone(), 3);
+    let expected = values(x + ternary_experts(normed, chosen, weights, &layer.experts));
+    assert_same(&batch.through(&layer), &expected, "layer");
+}
 
 #[test]
 fn every_instruction_set_agrees_with_a_naive_loop_and_with_the_others_bit_for_bit() {
