@@ -7,7 +7,8 @@ use cubecl::prelude::*;
 use super::{
     buffer::{float_rows, floats, room},
     device::{Join, joined, nan},
-    linear::{Matrices, Plan, Routes, TILE, Term, is_tiled, products},
+    linear::{is_tiled, products},
+    operands::{Matrices, Plan, Routes, TILE, Term},
     routing::{PendingNorm, route},
     tokens::{Before, Tokens, quantize},
 };

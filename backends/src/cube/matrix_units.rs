@@ -15,7 +15,7 @@ use cubecl::{
 };
 
 use super::{
-    linear::{Addends, Operands, TILE},
+    operands::{Addends, Operands, TILE},
     weight::Packed,
 };
 use crate::format::CodeFormat;

@@ -12,6 +12,7 @@ mod experts;
 mod largest;
 mod linear;
 mod matrix_units;
+mod operands;
 mod routing;
 mod stored;
 mod tokens;
@@ -28,7 +29,8 @@ use crate::{
     ops::{BiasedWeight, ExpertLayer, LayerCache, StoredMatrix, TernaryBackend, TernaryExperts},
 };
 use buffer::{float_rows, floats, integers, tensor};
-use linear::{Matrices, Term, products, three_products};
+use linear::{products, three_products};
+use operands::{Matrices, Term};
 use tokens::{Before, quantize};
 
 /// Vulkan, Metal, DirectX 12 or WebGPU.
