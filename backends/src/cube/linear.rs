@@ -2,8 +2,7 @@
 //! matrix units where the device has them.
 #![allow(unsafe_code)]
 
-use burn::tensor::DType;
-use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
+use burn_cubecl::{BoolElement, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
 use cubecl::prelude::*;
 
 use super::{

@@ -4,8 +4,8 @@
 //!
 //! No access is checked on the device, which would take a good part of the time. All of them are within the arrays: a matrix
 //! is one of the weight's (`few` asks; tiles are made of experts that exist), rows end at the weight's last one, words at those
-//! of a row, of which there is a multiple of [`STEP`] whatever the width, choices at the last one, and an array has the size
-//! that a [`TernaryWeight`](crate::TernaryWeight) was checked for when it was put together.
+//! of a row, of which there is a multiple of [`STEP`] whatever the width, choices at the last one, and an array holds what the
+//! layout says (`Rows::holding`).
 
 use burn_cubecl::CubeRuntime;
 use cubecl::{
