@@ -51,6 +51,7 @@ impl<'a> Panels<'a> {
     }
 
     /// Numbers that must be there for `inner` rows.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn least(&self, inner: usize) -> usize {
         let last = self.columns.saturating_sub(1);
         last / PANEL * self.panel + inner.saturating_sub(1) * self.stride + last % PANEL + 1
@@ -176,6 +177,7 @@ fn add_rows<const R: usize, T: Number>(
 
 /// `add_product` by vectors. The file defines `Vector`, how many `LANES` it has, how many `ROWS` pass a panel together,
 /// `splat`, `load`, `store` and `multiply_add` of floats, and [`Number`]s that load as a `Vector` (`trait Load`).
+#[cfg(target_arch = "x86_64")]
 macro_rules! vector_products {
     ($features:literal) => {
         use crate::cpu::product::{Numbers, PANEL, Panels, Rows, Sums, add_panels};
@@ -264,6 +266,7 @@ macro_rules! vector_products {
         }
     };
 }
+#[cfg(target_arch = "x86_64")]
 pub(super) use vector_products;
 
 #[cfg(test)]
