@@ -98,6 +98,7 @@ pub(super) fn attention<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
     }
     let position = cache.position();
     let [keys, values] = prepared(cache, &k, tokens);
+    assert_eq!([&keys, &values].map(|ring| ring.meta.shape()[1]), [kv_heads * head_dim; 2], "a cache of other heads");
     let turned = room(&q, [tokens, heads * head_dim], DType::F32);
     let window = cache.window().map_or(u32::MAX, |window| window as u32);
     let (width, slots) = ((kv_heads * head_dim) as u32, keys.meta.shape()[0] as u32);

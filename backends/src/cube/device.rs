@@ -92,9 +92,13 @@ pub(super) fn round(x: f32) -> f32 {
 /// What input `i` is multiplied with before the transform: [`Rotation::factor`](crate::format::Rotation::factor).
 #[cube]
 pub(super) fn factor(i: u32, seed_low: u32, seed_high: u32, #[comptime] width: u32) -> f32 {
-    let (low, high) = signs(i / 64, seed_low, seed_high);
-    let bit = i % 64;
-    let half = select(bit < 32, low, high);
+    factor_of(signs(i / 64, seed_low, seed_high), i % 64, width)
+}
+
+/// The factor of input `bit` of a block with these [`signs`].
+#[cube]
+pub(super) fn factor_of(signs: (u32, u32), bit: u32, #[comptime] width: u32) -> f32 {
+    let half = select(bit < 32, signs.0, signs.1);
     let scale = comptime!(1.0 / (width as f32).sqrt());
     select((half >> (bit % 32)) & 1 == 1, -scale, scale)
 }

@@ -40,6 +40,7 @@ pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
         Matrices::Routed(routes) => (0, Some(routes)),
     };
     let (choices, rows) = (x.choices(routes.as_ref()), term.weight.layout.rows);
+    assert!(matrix < term.weight.layout.matrices, "matrix {matrix} of {:?}", term.weight.layout);
     let (weight, addends, out) = term.launch(x, choices);
     if choices == 0 {
         return out;

@@ -6,10 +6,10 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::{Rows, room},
-    tokens::Tokens,
+    tokens::{Tokens, level_words},
     weight::{PackedLaunch, packed},
 };
-use crate::format::TernaryWeight;
+use crate::format::{TernaryLayout, TernaryWeight};
 
 /// Choices of a tile.
 pub(super) const TILE: u32 = 64;
@@ -148,11 +148,16 @@ pub(super) struct Term<'a, R: CubeRuntime, F: FloatElement, I: IntElement, BT: B
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> Term<'_, R, F, I, BT> {
     /// The kernels' view of it, and room for the products of so many choices. What is not there is not looked at.
     pub(super) fn launch(self, x: &Tokens<R>, choices: usize) -> (PackedLaunch<R>, AddendsLaunch<R>, CubeTensor<R>) {
+        let TernaryLayout { rows, .. } = self.weight.layout;
+        // Kernels do not check.
+        assert_eq!(x.words, level_words(&self.weight.layout), "words of a token and of a weight");
+        let residual_fits = |residual: &CubeTensor<R>| residual.meta.num_elements() == choices * rows;
+        assert!(self.residual.as_ref().is_none_or(residual_fits), "size of the residual");
         let (biased, onto) = (self.bias.is_some(), self.residual.is_some());
         let (bias, pitch) = self.bias.map_or_else(|| (x.scales.clone(), 0), |bias| (bias.array, bias.pitch));
         let residual = self.residual.unwrap_or_else(|| x.scales.clone());
         let addends = AddendsLaunch::new(bias.into_array_arg(), residual.into_array_arg(), pitch as u32, biased, onto);
-        (packed(self.weight), addends, room(&x.levels, [choices, self.weight.layout.rows], DType::F32))
+        (packed(self.weight), addends, room(&x.levels, [choices, rows], DType::F32))
     }
 }
 
@@ -176,6 +181,7 @@ impl<R: CubeRuntime> Tokens<R> {
         )
     }
 
+    /// How many products with a row there are.
     pub(super) fn choices(&self, routes: Option<&Routes<R>>) -> usize {
         routes.map_or(self.count, |routes| routes.chosen.meta.num_elements())
     }

@@ -101,6 +101,7 @@ pub(super) fn linear<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEle
     ids: Option<CubeTensor<R>>,
 ) -> CubeTensor<R> {
     let tokens = x.meta.shape()[0];
+    assert_eq!(x.meta.shape()[1], matrix.columns(), "width of x and columns of the stored matrix");
     let count = ids.as_ref().map_or(matrix.rows(), |ids| ids.meta.num_elements());
     let out = room(&x, [tokens, count], DType::F32);
     if tokens * count > 0 {

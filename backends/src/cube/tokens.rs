@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::room,
-    device::{Join, is_finite, is_nan, joined, nan, round, signs, units_for},
+    device::{Join, factor_of, is_finite, is_nan, joined, nan, round, signs, units_for},
 };
 use crate::{
     format::{BLOCK, Rotation, TernaryLayout},
@@ -50,13 +50,17 @@ enum Kind {
     Gated,
 }
 
+/// Words of a rounded token: a kernel reads as many inputs as there are codes.
+pub(super) const fn level_words(layout: &TernaryLayout) -> usize {
+    layout.packed_inputs().next_multiple_of(BLOCK) / 4
+}
+
 /// Rounds tokens for a weight of this layout: `x` has `in_features` numbers a token, twice as many before the gate.
 pub(super) fn quantize<R: CubeRuntime>(x: CubeTensor<R>, before: Before<R>, layout: &TernaryLayout) -> Tokens<R> {
     let in_features = layout.in_features;
     let width = if matches!(before, Before::Gate(_)) { 2 * in_features } else { in_features };
     let count = x.meta.num_elements() / width;
-    // A kernel reads as many inputs as there are codes.
-    let words = layout.packed_inputs().next_multiple_of(BLOCK) / 4;
+    let words = level_words(layout);
     let levels = room(&x, [count, words], DType::U32);
     let scales = room(&x, [count], DType::F32);
     let is_normed = matches!(before, Before::Norm(..));
@@ -199,16 +203,12 @@ fn rotate(
     // A block of 64 numbers has 64 signs.
     let first = at * units + OWN * UNIT_POS;
     let signs = signs(first / 64, seed.0, seed.1);
-    let scale = comptime!(1.0 / (width as f32).sqrt());
     let mut own = Array::<f32>::new(comptime!(OWN as usize));
     #[unroll]
     for n in 0..OWN {
-        let bit = first % 64 + n;
-        let half = select(bit < 32, signs.0, signs.1);
-        let factor = select((half >> (bit % 32)) & 1 == 1, -scale, scale.runtime());
-        own[comptime!(n as usize)] = values[comptime!((at + n) as usize)] * factor;
+        own[comptime!(n as usize)] = values[comptime!((at + n) as usize)] * factor_of(signs, first % 64 + n, width);
     }
-    butterflies(&mut own, 1u32, width);
+    stages(&mut own, 1u32, width);
     if comptime!(width > OWN) {
         let spread = UNIT_POS / OWN * OWN * SPREAD + UNIT_POS % OWN;
         sync_cube();
@@ -221,7 +221,7 @@ fn rotate(
         for n in 0..OWN {
             own[comptime!(n as usize)] = run[(spread + n * SPREAD) as usize];
         }
-        butterflies(&mut own, OWN, width);
+        stages(&mut own, OWN, width);
         #[unroll]
         for n in 0..OWN {
             run[(spread + n * SPREAD) as usize] = own[comptime!(n as usize)];
@@ -240,7 +240,7 @@ fn rotate(
 
 /// The stages of the transform among numbers that are `stride` apart.
 #[cube]
-fn butterflies(own: &mut Array<f32>, #[comptime] stride: u32, #[comptime] width: u32) {
+fn stages(own: &mut Array<f32>, #[comptime] stride: u32, #[comptime] width: u32) {
     #[unroll]
     for stage in 0..3u32 {
         let half = comptime!(1u32 << stage);
