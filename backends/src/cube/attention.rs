@@ -205,7 +205,7 @@ fn attention_kernel(
     let mut scores = SharedMemory::<f32>::new(comptime!(KEYS as usize));
     let mut i = UNIT_POS;
     while i < head_dim {
-        query[i as usize] = q[(at + i) as usize] * scale;
+        query[i as usize] = q[(at + i) as usize];
         i += UNITS;
     }
     // Units mix the values in runs of `head_dim`: each run some of the keys, and a unit more than one number of a wide head.
@@ -246,6 +246,7 @@ fn attention_kernel(
             for part in 0..SHARERS {
                 score += sums[(UNIT_POS * SHARERS + part) as usize];
             }
+            score *= scale;
             scores[UNIT_POS as usize] = score;
         }
         sync_cube();

@@ -60,7 +60,7 @@ pub(super) fn in_tiles(
         let (r, i) = (slot / (head_dim / VECTOR), slot % (head_dim / VECTOR));
         let token = min(first_token + r / shared, tokens - 1);
         let at = (token * heads + first_head + r % shared) * head_dim + VECTOR * i;
-        queries[place(r / comptime!(OWN[0]), r, i, comptime!(head_dim / VECTOR))] = four(q, at) * Four::new(scale);
+        queries[place(r / comptime!(OWN[0]), r, i, comptime!(head_dim / VECTOR))] = four(q, at);
         slot += UNITS;
     }
     let (mut tops, mut totals) =
@@ -95,6 +95,7 @@ pub(super) fn in_tiles(
             for k in 0..comptime!(OWN[1]) {
                 let number = comptime!((r * OWN[1] + k) as usize);
                 let key = start + side + k * SIDE;
+                scores[number] *= scale;
                 if !is_seen(key, last, window) {
                     scores[number] = f32::new(f32::MIN);
                 }
