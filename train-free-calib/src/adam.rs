@@ -79,6 +79,12 @@ impl<B: TernaryBackend> Tuned<B> {
         Self::new(vec![Slot { start, unit, soft: false }])
     }
 
+    /// The same tensors in a graph of their own: gradients of two losses can be computed at the same time.
+    pub(crate) fn apart(&self) -> Self {
+        let apart = |delta: &Delta<B>| Delta::of(delta.value.clone().inner(), delta.steps, delta.moments.clone());
+        Self { slots: self.slots.clone(), deltas: self.deltas.iter().map(apart).collect() }
+    }
+
     /// The present value of a slot, which gradients reach.
     pub(crate) fn value(&self, slot: usize) -> Tensor<Autodiff<B>, 1> {
         let Slot { start, unit, .. } = &self.slots[slot];

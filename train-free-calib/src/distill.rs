@@ -7,7 +7,7 @@
 //! What the full-precision model predicts from is computed once, and kept in a file beside the unfinished output; another
 //! one, written anew every few steps, holds how far everything has moved.
 
-use std::{f64::consts::PI, path::Path, sync::Arc};
+use std::{f64::consts::PI, panic::resume_unwind, path::Path, sync::Arc};
 
 use burn::{
     module::{AutodiffModule, Module, Param},
@@ -15,6 +15,7 @@ use burn::{
     tensor::{Tensor, activation::log_softmax},
 };
 use burn_autodiff::Autodiff;
+use rayon::prelude::*;
 use serde_json::json;
 use ternoss_backends::TernaryBackend;
 use ternoss_model::{
@@ -30,7 +31,7 @@ use ternoss_model::{
 use crate::{
     CalibError, Calibration,
     activations::{add_rows, embed},
-    adam::{Tuned, add},
+    adam::{SlotGradients, Tuned, add},
     layer::TernaryLayer,
     report::HeldOut,
     rows::{ActivationMemory, Rows},
@@ -194,25 +195,21 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let mut inputs = vec![self.embed(batch)];
         for number in 0..self.layers.len() {
             let layer = self.layers[number].compose(1.0, false)?.layer.valid();
-            let x = inputs[number].iter().map(|x| self.forward(&layer, number, x.clone(), &rope));
-            inputs.push(x.collect());
+            inputs.push(side_by_side(inputs[number].clone(), |x| self.forward(&layer, number, x, &rope)));
         }
         let last = inputs.pop().unwrap_or_default();
         let (loss, mut upstream) = self.loss(batch, last, learning_rate)?;
         let tables = self.rope.tables::<Autodiff<B>>(0..self.calibration.context(), self.device);
         for (number, inputs) in inputs.into_iter().enumerate().rev() {
-            let layer = self.layers[number].compose(1.0, false)?.layer;
-            let inputs: Vec<_> = inputs.into_iter().map(|x| Tensor::from_inner(x).require_grad()).collect();
-            let outputs = inputs.iter().zip(&upstream).map(|(x, upstream)| {
-                let y = layer.forward(x.clone(), &tables, &mut LayerCache::new(self.windows[number]));
-                (y * Tensor::from_inner(upstream.clone())).sum()
-            });
-            let Some(total) = outputs.reduce(|sum, loss| sum + loss) else { break };
-            let gradients = total.backward();
-            upstream = inputs.iter().filter_map(|x| x.grad(&gradients)).collect();
-            let tuned = &mut self.layers[number].tuned;
-            let gradients = tuned.gradients(&gradients);
-            tuned.step(learning_rate, gradients);
+            let (layer, window) = (&self.layers[number], self.windows[number]);
+            let windows = inputs.into_iter().zip(upstream).collect();
+            let gradients = side_by_side(windows, |(x, upstream)| backward(layer, x, upstream, &tables, window));
+            let gradients = gradients.into_iter().collect::<Result<Vec<_>, _>>()?;
+            let (further, of_layer): (Vec<_>, Vec<_>) = gradients.into_iter().unzip();
+            upstream = further.into_iter().flatten().collect();
+            if let Some(gradients) = of_layer.into_iter().reduce(add) {
+                self.layers[number].tuned.step(learning_rate, gradients);
+            }
         }
         Ok(loss)
     }
@@ -233,32 +230,39 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         last: Vec<Tensor<B, 2>>,
         learning_rate: f64,
     ) -> Result<(f64, Vec<Tensor<B, 2>>), CalibError> {
-        let head = Table::<Autodiff<B>>::from_inner(self.heads[1].clone()).no_grad();
-        let norm = RmsNorm::<Autodiff<B>>::from_inner(self.norm.clone());
-        let norm = RmsNorm { gamma: Param::initialized(norm.gamma.id, self.tuned_norm.value(0)), ..norm };
-        let (mut divergence, mut tokens) = (0.0, 0);
-        let mut of_norm = vec![None];
-        let mut upstream = Vec::new();
-        for (window, x) in batch.iter().zip(last) {
-            let (count, targets) = (x.dims()[0], self.targets.get(*window)?);
-            let mut parts = Vec::new();
-            for first in (0..count).step_by(rows_at_once(head.rows())) {
-                let rows = first..(first + rows_at_once(head.rows())).min(count);
-                let target = targets.clone().slice_dim(0, rows.clone());
-                let target = log_softmax(self.heads[0].logits(target), 1);
-                let x = Tensor::<Autodiff<B>, 2>::from_inner(x.clone().slice_dim(0, rows)).require_grad();
-                let own = log_softmax(head.logits(apply_norm(&norm, x.clone())), 1);
-                let loss = (Tensor::from_inner(target.clone().exp()) * (Tensor::from_inner(target) - own)).sum();
-                divergence += loss.clone().into_data().iter::<f32>().map(f64::from).sum::<f64>();
-                let gradients = loss.backward();
-                parts.extend(x.grad(&gradients));
-                of_norm = add(of_norm, self.tuned_norm.gradients(&gradients));
-            }
-            upstream.push(Tensor::cat(parts, 0));
-            tokens += count;
+        let tokens: usize = last.iter().map(|x| x.dims()[0]).sum();
+        let targets = batch.iter().map(|window| self.targets.get(*window)).collect::<Result<Vec<_>, _>>()?;
+        let windows = last.into_iter().zip(targets).collect();
+        let (mut divergence, mut of_norm, mut upstream) = (0.0, vec![None], Vec::new());
+        for (loss, gradient, x) in side_by_side(windows, |(x, targets)| self.loss_of_window(x, targets)) {
+            divergence += loss;
+            of_norm = add(of_norm, gradient);
+            upstream.push(x);
         }
         self.tuned_norm.step(learning_rate, of_norm);
         Ok((divergence / tokens as f64, upstream))
+    }
+
+    /// The sum of the divergence over the tokens of a window, and its gradients by the last norm and by the residual stream.
+    fn loss_of_window(&self, x: Tensor<B, 2>, targets: Tensor<B, 2>) -> (f64, SlotGradients<B>, Tensor<B, 2>) {
+        let head = Table::<Autodiff<B>>::from_inner(self.heads[1].clone()).no_grad();
+        let tuned = self.tuned_norm.apart();
+        let norm = RmsNorm::<Autodiff<B>>::from_inner(self.norm.clone());
+        let norm = RmsNorm { gamma: Param::initialized(norm.gamma.id, tuned.value(0)), ..norm };
+        let count = x.dims()[0];
+        let (mut divergence, mut of_norm, mut parts) = (0.0, vec![None], Vec::new());
+        for first in (0..count).step_by(rows_at_once(head.rows())) {
+            let rows = first..(first + rows_at_once(head.rows())).min(count);
+            let target = log_softmax(self.heads[0].logits(targets.clone().slice_dim(0, rows.clone())), 1);
+            let x = Tensor::<Autodiff<B>, 2>::from_inner(x.clone().slice_dim(0, rows)).require_grad();
+            let own = log_softmax(head.logits(apply_norm(&norm, x.clone())), 1);
+            let loss = (Tensor::from_inner(target.clone().exp()) * (Tensor::from_inner(target) - own)).sum();
+            divergence += loss.clone().into_data().iter::<f32>().map(f64::from).sum::<f64>();
+            let gradients = loss.backward();
+            parts.extend(x.grad(&gradients));
+            of_norm = add(of_norm, tuned.gradients(&gradients));
+        }
+        (divergence, of_norm, Tensor::cat(parts, 0))
     }
 
     /// Measures the model, packed, on the held-out windows.
@@ -268,9 +272,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let mut streams = self.embed(&held_out.clone().collect::<Vec<_>>());
         for (number, layer) in self.layers.iter().enumerate() {
             let layer = layer.harden()?.layer;
-            for x in &mut streams {
-                *x = self.forward(&layer, number, x.clone(), &rope);
-            }
+            streams.par_iter_mut().for_each(|x| *x = self.forward(&layer, number, x.clone(), &rope));
         }
         let gamma = Param::initialized(self.norm.gamma.id, self.tuned_norm.value(0).inner());
         let norm = RmsNorm { gamma, ..self.norm.clone() };
@@ -281,6 +283,31 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         }
         Ok(HeldOut::new(&sum, self.calibration.held_out().len() * self.calibration.context()))
     }
+}
+
+/// Does the same with every window. Each has a thread of its own: one of rayon's would take up other windows in the middle of
+/// a backward pass, and Burn's gradients wait for each other there.
+fn side_by_side<T: Send, U: Send>(windows: Vec<T>, work: impl Fn(T) -> U + Sync) -> Vec<U> {
+    std::thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = windows.into_iter().map(|window| scope.spawn(move || work(window))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
+}
+
+/// The gradients by a layer's input and by all that is tuned in it, from the one by its output.
+fn backward<B: TernaryBackend>(
+    layer: &TunedLayer<B>,
+    x: Tensor<B, 2>,
+    upstream: Tensor<B, 2>,
+    rope: &RotaryTables<Autodiff<B>>,
+    window: Option<usize>,
+) -> Result<(Option<Tensor<B, 2>>, SlotGradients<B>), CalibError> {
+    let layer = layer.apart();
+    let x = Tensor::from_inner(x).require_grad();
+    let y = layer.compose(1.0, false)?.layer.forward(x.clone(), rope, &mut LayerCache::new(window));
+    let gradients = (y * Tensor::from_inner(upstream)).sum().backward();
+    Ok((x.grad(&gradients), layer.tuned.gradients(&gradients)))
 }
 
 /// What the output layer of the full-precision model sees: computed layer by layer, or left of an earlier run.

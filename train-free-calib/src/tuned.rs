@@ -46,6 +46,11 @@ impl<B: TernaryBackend> TunedLayer<B> {
         Ok(Self { layer, toward, tuned })
     }
 
+    /// The same layer in a graph of its own.
+    pub(crate) fn apart(&self) -> Self {
+        Self { tuned: self.tuned.apart(), ..self.clone() }
+    }
+
     /// The layer at its present values, soft trits as hard as `hardness` makes them; packed as well if `pack`.
     pub(crate) fn compose(&self, hardness: f32, pack: bool) -> Result<Composed<B>, FormatError> {
         let mut slot = 0;
