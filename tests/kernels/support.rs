@@ -169,7 +169,8 @@ pub(crate) fn any_layout() -> impl Strategy<Value = TernaryLayout> {
     let width = prop_oneof![1..=200usize, Just(320), Just(576), Just(2880), Just(1025)];
     let group = prop_oneof![Just(None), Just(Some(64)), Just(Some(128)), Just(Some(192)), Just(Some(4096))];
     let rotation = prop::option::of(any::<u64>().prop_map(|seed| Rotation { seed }));
-    (any_format(), 1..=2usize, 1..=3usize, 1..=9usize, width, group, rotation).prop_map(
+    let rows = prop_oneof![3 => 1..=9usize, 1 => 10..=70usize];
+    (any_format(), 1..=2usize, 1..=3usize, rows, width, group, rotation).prop_map(
         |(format, matrices, planes, rows, in_features, group_size, rotation)| TernaryLayout {
             format,
             matrices,

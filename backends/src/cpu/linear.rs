@@ -3,7 +3,7 @@
 //! A product is cut by rows among the threads. A thread takes [`ROW_TILE`] rows at a time, which fit its cache, brings them
 //! into the one form the kernels know (t2 codes, a scale a block), and passes them by [`TOKEN_TILE`] tokens at a time, whose
 //! activations stay in the first cache level. So a row is read from memory once, whatever the batch. A token alone may be
-//! multiplied with t5 as it lies: see `t5.rs`.
+//! multiplied with t5 as it lies (`t5.rs`), and many tokens by matrix units (`tiles.rs`).
 //!
 //! ```
 //! use ternoss_backends::{CodeFormat, TernaryLayout, cpu::{Kernels, TernaryMatrices, linear::ternary_linear, tokens::Tokens}};
@@ -29,6 +29,7 @@ use super::{
     Kernels, TernaryRows,
     t5::{Straight, T5Rows},
     tasks::{self, Piece},
+    tiles::{Target, TokenTiles},
     tokens::{self, Token, Tokens},
 };
 use crate::format::{BLOCK, CodeFormat, FormatError};
@@ -146,23 +147,24 @@ pub fn run(kernels: Kernels, products: Vec<Product<'_>>) {
             [token] if rows.layout().format == CodeFormat::T5 && kernels.multiply_t5() => Some(Straight::new(token)),
             _ => None,
         };
-        inputs.push((rows, tokens, straight, bias));
+        let tiles = kernels.token_tiles(&tokens);
+        inputs.push(Input { rows, tokens, straight, tiles, bias });
     }
-    tasks::run(pieces, parallel, |(n, piece)| {
-        let (rows, tokens, straight, bias) = &inputs[n];
-        multiply(kernels, rows, tokens, straight.as_ref(), *bias, piece);
-    });
+    tasks::run(pieces, parallel, |(n, piece)| multiply(kernels, &inputs[n], piece));
+}
+
+/// A product's rows and tokens, and the tokens once more in the order of a special kernel.
+struct Input<'a> {
+    rows: TernaryRows<'a>,
+    tokens: Vec<Token<'a>>,
+    straight: Option<Straight<'a>>,
+    tiles: Option<TokenTiles>,
+    bias: Option<&'a [f32]>,
 }
 
 /// One piece, by tiles of rows.
-fn multiply(
-    kernels: Kernels,
-    rows: &TernaryRows<'_>,
-    tokens: &[Token<'_>],
-    straight: Option<&Straight<'_>>,
-    bias: Option<&[f32]>,
-    mut piece: Piece<'_>,
-) {
+fn multiply(kernels: Kernels, input: &Input<'_>, mut piece: Piece<'_>) {
+    let Input { rows, tokens, straight, tiles, bias } = input;
     let mut scratch = Scratch::default();
     let end = piece.rows();
     for start in (0..end).step_by(ROW_TILE) {
@@ -178,6 +180,11 @@ fn multiply(
                 continue;
             }
             let tile = scratch.tile(kernels, rows, plane, first, count);
+            if let Some(tiles) = tiles {
+                let target = Target { out: &mut piece.out, start, row_scales, is_first: plane == 0 };
+                kernels.multiply_tiles(&tile, tiles, target);
+                continue;
+            }
             for (tokens, out) in tokens.chunks(TOKEN_TILE).zip(piece.out.chunks_mut(TOKEN_TILE)) {
                 let mut totals = [0i32; ROW_TILE * TOKEN_TILE];
                 let totals = &mut totals[..count * tokens.len()];

@@ -38,6 +38,8 @@
 //! assert_eq!(Some(&Kernels::detect().isa()), Isa::available().last());
 //! ```
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -70,12 +72,13 @@ pub mod stored;
 mod t5;
 mod tasks;
 mod team;
+mod tiles;
 pub mod tokens;
 mod view;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
-use std::fmt;
+use std::{fmt, sync::OnceLock};
 
 pub use kv::HeadCaches;
 pub use linear::unpack;
@@ -92,6 +95,7 @@ use lookup::{LOOKUP_ROWS, Table};
 use product::{Panels, Rows, Sums};
 use screen::Dither;
 use t5::{Straight, T5Rows};
+use tiles::{LEAST_TOKENS, Target, TokenTiles};
 use tokens::{Quad, Token};
 
 /// An instruction set that has kernels.
@@ -105,6 +109,8 @@ pub enum Isa {
     AvxVnni,
     /// The same with AVX-512 F, BW, VL and VNNI.
     Avx512,
+    /// The same with matrix units for bytes (AMX-INT8).
+    Amx,
     /// 64-bit Arm.
     Neon,
     /// The same with the dot product instructions (FEAT_DotProd).
@@ -121,31 +127,30 @@ impl Isa {
     /// All that this processor has, the fastest last.
     #[must_use]
     pub fn available() -> &'static [Self] {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::is_x86_feature_detected as has;
-            let avx2 = has!("avx2") && has!("fma") && has!("f16c");
-            let vnni = avx2 && has!("avxvnni");
-            let avx512 = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512vnni");
-            match (avx2, vnni, avx512) {
-                (_, true, true) => &[Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512],
-                (_, false, true) => &[Self::Scalar, Self::Avx2, Self::Avx512],
-                (_, true, false) => &[Self::Scalar, Self::Avx2, Self::AvxVnni],
-                (true, ..) => &[Self::Scalar, Self::Avx2],
-                _ => &[Self::Scalar],
+        static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
+        AVAILABLE.get_or_init(|| {
+            let mut available = vec![Self::Scalar];
+            #[cfg(target_arch = "x86_64")]
+            {
+                use std::arch::is_x86_feature_detected as has;
+                let avx2 = has!("avx2") && has!("fma") && has!("f16c");
+                let avx512 = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512vnni");
+                let found = [
+                    (avx2, Self::Avx2),
+                    (avx2 && has!("avxvnni"), Self::AvxVnni),
+                    (avx512, Self::Avx512),
+                    (avx512 && amx::available(), Self::Amx),
+                ];
+                available.extend(found.into_iter().filter(|(found, _)| *found).map(|(_, isa)| isa));
             }
-        }
-        #[cfg(target_arch = "aarch64")]
-        {
-            use std::arch::is_aarch64_feature_detected as has;
-            match (has!("neon"), has!("dotprod")) {
-                (true, true) => &[Self::Scalar, Self::Neon, Self::NeonDot],
-                (true, false) => &[Self::Scalar, Self::Neon],
-                _ => &[Self::Scalar],
+            #[cfg(target_arch = "aarch64")]
+            {
+                use std::arch::is_aarch64_feature_detected as has;
+                let found = [(has!("neon"), Self::Neon), (has!("neon") && has!("dotprod"), Self::NeonDot)];
+                available.extend(found.into_iter().filter(|(found, _)| *found).map(|(_, isa)| isa));
             }
-        }
-        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        &[Self::Scalar]
+            available
+        })
     }
 }
 
@@ -156,6 +161,7 @@ impl fmt::Display for Isa {
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
             Self::Neon => "neon",
             Self::NeonDot => "neon-dot",
         })
@@ -183,7 +189,7 @@ macro_rules! dispatch {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Isa::Avx512 => unsafe { avx512::$function($($argument),*) },
+            Isa::Avx512 | Isa::Amx => unsafe { avx512::$function($($argument),*) },
             // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
             #[allow(unsafe_code)]
@@ -221,11 +227,27 @@ impl Kernels {
         dispatch!(self, t2_totals(rows, tokens, totals));
     }
 
+    /// The tokens as matrix units take them, where there are such units and tokens enough to be worth it.
+    fn token_tiles(self, tokens: &[Token<'_>]) -> Option<TokenTiles> {
+        (self.isa == Isa::Amx && tokens.len() >= LEAST_TOKENS).then(|| TokenTiles::new(tokens))
+    }
+
+    /// All `rows` with all tokens by matrix units, in floats.
+    fn multiply_tiles(self, rows: &T2Rows<'_>, tokens: &TokenTiles, target: Target<'_, '_>) {
+        match self.isa {
+            // SAFETY: `Kernels` only exists for instruction sets that were found on this processor.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code)]
+            Isa::Amx => unsafe { amx::multiply(rows, tokens, target) },
+            isa => unreachable!("{isa} has no matrix units, so there are no tiles for them"),
+        }
+    }
+
     /// Whether a token alone is multiplied with t5 rows as they lie. Where not, they are rewritten as t2 first.
     fn multiply_t5(self) -> bool {
         match self.isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512_t5::available(),
+            Isa::Avx512 | Isa::Amx => avx512_t5::available(),
             isa => isa == Isa::Scalar,
         }
     }
@@ -236,7 +258,7 @@ impl Kernels {
             // SAFETY: `Kernels` only exists for instruction sets that were found on this processor, and the rest is asked for.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
-            Isa::Avx512 if avx512_t5::available() => unsafe { avx512_t5::t5_totals(rows, token, totals) },
+            Isa::Avx512 | Isa::Amx if avx512_t5::available() => unsafe { avx512_t5::t5_totals(rows, token, totals) },
             _ => scalar::t5_totals(rows, token, totals),
         }
     }
