@@ -4,7 +4,7 @@ use burn_ndarray::NdArray;
 use proptest::prelude::*;
 use ternoss_backends::{
     CodeFormat, FormatError, Rotation, TernaryBackend, TernaryLayout, TernaryWeight,
-    cpu::{Kernels, linear, tokens::Tokens},
+    cpu::{Isa, Kernels, linear, tokens::Tokens},
     format::MAX_IN_FEATURES,
     reference, ternary_linear,
 };
@@ -139,6 +139,21 @@ fn the_widest_row_with_the_largest_values_is_exact() {
                 assert_same(&run(kernels, &weights, 0, &x[..2 * MAX_IN_FEATURES]), &expected[..4], "two tokens");
                 assert_same(&run(kernels, &weights, 0, &x), &expected, "many tokens");
             }
+        }
+    }
+}
+
+#[test]
+fn codes_that_no_packer_writes_mean_the_same_everywhere() {
+    let mut noise = Noise::new(3);
+    for group_size in [None, Some(64)] {
+        let mut weights = Weights::new(TernaryLayout { group_size, ..layout(CodeFormat::T2, 40, 328) }, 2);
+        weights.codes.fill_with(|| noise.next() as u32);
+        let x = noise.floats(33 * 328);
+        let expected = run(Kernels::new(Isa::Scalar).unwrap(), &weights, 0, &x);
+        for (kernels, tokens) in all_kernels().flat_map(|kernels| [1, 17, 33].map(|tokens| (kernels, tokens))) {
+            let y = run(kernels, &weights, 0, &x[..tokens * 328]);
+            assert_same(&y, &expected[..tokens * 40], &format!("{}, {tokens} tokens", kernels.isa()));
         }
     }
 }

@@ -81,8 +81,17 @@ impl<B: TernaryBackend> Tuned<B> {
 
     /// The same tensors in a graph of their own: gradients of two losses can be computed at the same time.
     pub(crate) fn apart(&self) -> Self {
-        let apart = |delta: &Delta<B>| Delta::of(delta.value.clone().inner(), delta.steps, delta.moments.clone());
-        Self { slots: self.slots.clone(), deltas: self.deltas.iter().map(apart).collect() }
+        self.with(|value| Tensor::from_inner(value).require_grad())
+    }
+
+    /// The same tensors in no graph: what is made of them keeps nothing for a backward pass.
+    pub(crate) fn still(&self) -> Self {
+        self.with(Tensor::from_inner)
+    }
+
+    fn with(&self, value: impl Fn(Tensor<B, 1>) -> Tensor<Autodiff<B>, 1>) -> Self {
+        let delta = |delta: &Delta<B>| Delta { value: value(delta.value.clone().inner()), ..delta.clone() };
+        Self { slots: self.slots.clone(), deltas: self.deltas.iter().map(delta).collect() }
     }
 
     /// The present value of a slot, which gradients reach.

@@ -1,8 +1,8 @@
 //! End-to-end distillation: scales, norms, biases, sinks and router of a ternary model tuned until it predicts what the
 //! full-precision model predicts. Trits stay.
 //!
-//! Memory holds no more than one layer in floats: the backward pass goes from layer to layer, each run forward again from
-//! the inputs that were kept (gradient checkpointing, Chen et al., arXiv 1604.06174).
+//! Memory holds no more than one layer in floats for each window of a step: the backward pass goes from layer to layer, each
+//! run forward again from the inputs that were kept (gradient checkpointing, Chen et al., arXiv 1604.06174).
 //!
 //! What the full-precision model predicts from is computed once, and kept in a file beside the unfinished output; another
 //! one, written anew every few steps, holds how far everything has moved.
@@ -15,7 +15,6 @@ use burn::{
     tensor::{Tensor, activation::log_softmax},
 };
 use burn_autodiff::Autodiff;
-use rayon::prelude::*;
 use serde_json::json;
 use ternoss_backends::TernaryBackend;
 use ternoss_model::{
@@ -194,7 +193,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let rope = self.rope.tables(0..self.calibration.context(), self.device);
         let mut inputs = vec![self.embed(batch)];
         for number in 0..self.layers.len() {
-            let layer = self.layers[number].compose(1.0, false)?.layer.valid();
+            let layer = self.layers[number].still().compose(1.0, false)?.layer.valid();
             inputs.push(side_by_side(inputs[number].clone(), |x| self.forward(&layer, number, x, &rope)));
         }
         let last = inputs.pop().unwrap_or_default();
@@ -247,12 +246,13 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
     fn loss_of_window(&self, x: Tensor<B, 2>, targets: Tensor<B, 2>) -> (f64, SlotGradients<B>, Tensor<B, 2>) {
         let head = Table::<Autodiff<B>>::from_inner(self.heads[1].clone()).no_grad();
         let tuned = self.tuned_norm.apart();
-        let norm = RmsNorm::<Autodiff<B>>::from_inner(self.norm.clone());
-        let norm = RmsNorm { gamma: Param::initialized(norm.gamma.id, tuned.value(0)), ..norm };
         let count = x.dims()[0];
         let (mut divergence, mut of_norm, mut parts) = (0.0, vec![None], Vec::new());
         for first in (0..count).step_by(rows_at_once(head.rows())) {
             let rows = first..(first + rows_at_once(head.rows())).min(count);
+            // Anew for each part: a backward pass takes what it has gone through out of the graph.
+            let norm = RmsNorm::<Autodiff<B>>::from_inner(self.norm.clone());
+            let norm = RmsNorm { gamma: Param::initialized(norm.gamma.id, tuned.value(0)), ..norm };
             let target = log_softmax(self.heads[0].logits(targets.clone().slice_dim(0, rows.clone())), 1);
             let x = Tensor::<Autodiff<B>, 2>::from_inner(x.clone().slice_dim(0, rows)).require_grad();
             let own = log_softmax(head.logits(apply_norm(&norm, x.clone())), 1);
@@ -272,7 +272,10 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let mut streams = self.embed(&held_out.clone().collect::<Vec<_>>());
         for (number, layer) in self.layers.iter().enumerate() {
             let layer = layer.harden()?.layer;
-            streams.par_iter_mut().for_each(|x| *x = self.forward(&layer, number, x.clone(), &rope));
+            for some in streams.chunks_mut(WINDOWS_PER_STEP) {
+                let after = side_by_side(some.to_vec(), |x| self.forward(&layer, number, x, &rope));
+                some.clone_from_slice(&after);
+            }
         }
         let gamma = Param::initialized(self.norm.gamma.id, self.tuned_norm.value(0).inner());
         let norm = RmsNorm { gamma, ..self.norm.clone() };
@@ -286,7 +289,7 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
 }
 
 /// Does the same with every window. Each has a thread of its own: one of rayon's would take up other windows in the middle of
-/// a backward pass, and Burn's gradients wait for each other there.
+/// a backward pass, and Burn's gradients wait for each other there. What these threads share out goes to rayon's global pool.
 fn side_by_side<T: Send, U: Send>(windows: Vec<T>, work: impl Fn(T) -> U + Sync) -> Vec<U> {
     std::thread::scope(|scope| {
         let work = &work;

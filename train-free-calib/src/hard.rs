@@ -29,7 +29,7 @@ pub(crate) struct HardLayer<B: TernaryBackend> {
 impl<B: TernaryBackend> TunedLayer<B> {
     /// The layer at its present values, packed: trits hard, scales rounded as the format stores them.
     pub(crate) fn harden(&self) -> Result<HardLayer<B>, FormatError> {
-        let Composed { layer, packed } = self.compose(1.0, true)?;
+        let Composed { layer, packed } = self.still().compose(1.0, true)?;
         let mut layer = layer.valid();
         let device = layer.input_layernorm.gamma.val().device();
         let mut packed = packed.into_iter();

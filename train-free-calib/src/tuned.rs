@@ -51,6 +51,11 @@ impl<B: TernaryBackend> TunedLayer<B> {
         Self { tuned: self.tuned.apart(), ..self.clone() }
     }
 
+    /// The same layer in no graph.
+    pub(crate) fn still(&self) -> Self {
+        Self { tuned: self.tuned.still(), ..self.clone() }
+    }
+
     /// The layer at its present values, soft trits as hard as `hardness` makes them; packed as well if `pack`.
     pub(crate) fn compose(&self, hardness: f32, pack: bool) -> Result<Composed<B>, FormatError> {
         let mut slot = 0;

@@ -7,6 +7,7 @@
 
 use std::{
     arch::{asm, x86_64::*},
+    marker::PhantomData,
     ops::Range,
     sync::OnceLock,
 };
@@ -14,7 +15,7 @@ use std::{
 use super::{
     linear::T2Rows,
     tiles::{TILE, TILE_BYTES, Target, Tile, TokenTiles},
-    tokens::QUAD,
+    tokens::{QUAD, QUAD_BLOCKS},
 };
 
 /// Two tiles of weights times one or two tiles of tokens: `[tokens][weights]`.
@@ -32,8 +33,8 @@ impl Sums {
 /// Steps of a quad of blocks.
 const STEPS_OF_QUAD: usize = QUAD / TILE_BYTES;
 
-/// Steps that are unpacked at a time: half of the first cache level.
-const STEPS: usize = 3 * STEPS_OF_QUAD;
+/// Steps that are unpacked at a time: a third of the first cache level, which also has to hold what they are multiplied with.
+const STEPS: usize = 2 * STEPS_OF_QUAD;
 
 /// Whether processor and system have these units.
 pub(super) fn available() -> bool {
@@ -43,7 +44,11 @@ pub(super) fn available() -> bool {
 
 /// CPUID leaf 7: AMX-TILE and AMX-INT8.
 fn has_units() -> bool {
-    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx >> 24 & 3 == 3
+    // SAFETY: every processor of this architecture has `cpuid`. (Since Rust 1.94 it is safe to call.)
+    #[allow(unused_unsafe)]
+    unsafe {
+        __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx >> 24 & 3 == 3
+    }
 }
 
 /// Asks the system for the registers, for all threads of the process.
@@ -70,7 +75,9 @@ fn may_use_them() -> bool {
 /// level while the tokens pass.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn multiply(rows: &T2Rows<'_>, tokens: &TokenTiles, target: Target<'_, '_>) {
-    let units = Units::open();
+    assert!(available(), "matrix units");
+    // SAFETY: they are there.
+    let units = unsafe { Units::open() };
     let Target { out, start, row_scales, is_first } = target;
     let at_once = if rows.scales.is_some() { TILE } else { 2 * TILE };
     let mut weights = [Tile::ZERO; 2 * STEPS];
@@ -82,7 +89,7 @@ pub(super) fn multiply(rows: &T2Rows<'_>, tokens: &TokenTiles, target: Target<'_
             let steps = step..tokens.steps.min(step + STEPS);
             let weights = &mut weights[..2 * steps.len()];
             match rows.scales {
-                Some(_) => unpack_scaled(rows, first..first + count, step / STEPS_OF_QUAD, weights),
+                Some(scales) => unpack_scaled(rows, scales, first..first + count, step / STEPS_OF_QUAD, weights),
                 None => unpack(rows, first..first + count, step / STEPS_OF_QUAD, weights),
             }
             for (pair, products) in products.iter_mut().enumerate() {
@@ -108,11 +115,12 @@ pub(super) fn multiply(rows: &T2Rows<'_>, tokens: &TokenTiles, target: Target<'_
 }
 
 /// The units of this thread, set up for tiles of 16 rows of 64 bytes until this is dropped.
-struct Units;
+struct Units(PhantomData<*const ()>);
 
 impl Units {
-    #[target_feature(enable = "avx512f")]
-    fn open() -> Self {
+    /// # Safety
+    /// There must be units that the system lets this process use.
+    unsafe fn open() -> Self {
         #[repr(C, align(64))]
         struct Configuration([u8; 64]);
         let mut configuration = Configuration([0; 64]);
@@ -121,9 +129,9 @@ impl Units {
             configuration.0[16 + 2 * tile] = TILE_BYTES as u8;
             configuration.0[48 + tile] = TILE as u8;
         }
-        // SAFETY: the units are there (`available`), and the structure is the 64 bytes of palette 1.
+        // SAFETY: the caller's promise, and the structure is the 64 bytes of palette 1.
         unsafe { asm!("ldtilecfg [{0}]", in(reg) &raw const configuration, options(nostack, readonly)) };
-        Self
+        Self(PhantomData)
     }
 
     /// Adds two tiles of weights for each step, times one or two tiles of tokens.
@@ -200,16 +208,15 @@ impl Drop for Units {
 
 /// Some rows, at most 16, from a quad of blocks on: their trits times the upper and times the lower half of their scales.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn unpack_scaled(rows: &T2Rows<'_>, some: Range<usize>, quad: usize, weights: &mut [Tile]) {
+fn unpack_scaled(rows: &T2Rows<'_>, scales: &[u8], some: Range<usize>, quad: usize, weights: &mut [Tile]) {
     // A scale for every word of its block.
     let spread = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    // SAFETY: 64 bytes.
-    let halves = unsafe { _mm512_loadu_si512(PRODUCTS.as_ptr().cast()) };
+    // SAFETY: the table is 16 times 4 bytes.
+    let halves = unsafe { _mm512_loadu_si512(HALF_TIMES_TRIT.as_ptr().cast()) };
     for (quad, weights) in (quad..).zip(weights.chunks_exact_mut(2 * STEPS_OF_QUAD)) {
         for (r, row) in some.clone().enumerate() {
-            let scales = rows.row_scales(row).unwrap_or(&[]);
-            let [four, ..] = scales[4 * quad..].as_chunks::<4>().0 else { continue };
-            let four = _mm_set1_epi32(i32::from_le_bytes(*four));
+            let scales = &scales[row * rows.scale_stride + QUAD_BLOCKS * quad..][..QUAD_BLOCKS];
+            let four = _mm_set1_epi32(i32::from_le_bytes(std::array::from_fn(|block| scales[block])));
             let scales = _mm512_cvtepu8_epi32(_mm_shuffle_epi8(four, spread));
             let upper = _mm512_permutexvar_epi32(_mm512_srli_epi32::<4>(scales), halves);
             let lower = _mm512_permutexvar_epi32(_mm512_and_si512(scales, _mm512_set1_epi32(15)), halves);
@@ -238,7 +245,7 @@ fn unpack(rows: &T2Rows<'_>, some: Range<usize>, quad: usize, weights: &mut [Til
 }
 
 /// The halves of a scale times the trits that the codes 0 to 3 stand for.
-static PRODUCTS: [[i8; 4]; TILE] = {
+static HALF_TIMES_TRIT: [[i8; 4]; TILE] = {
     let mut products = [[0; 4]; TILE];
     let mut half = 0;
     while half < TILE {
@@ -262,7 +269,7 @@ fn load(row: &[u32], quad: usize, ahead: usize) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn store(to: &mut [u8; TILE_BYTES], bytes: __m512i) {
-    // SAFETY: there is room for 64 bytes.
+    // SAFETY: `to` has 64 bytes.
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), bytes) }
 }
 
@@ -283,7 +290,7 @@ fn quarter(codes: __m512i, k: usize) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn lines(sums: &Sums) -> [__m512i; TILE] {
-    // SAFETY: each line has 64 bytes.
+    // SAFETY: each line has 16 numbers, 64 bytes on a boundary of as many.
     std::array::from_fn(|r| unsafe { _mm512_load_si512(sums.0[r].as_ptr().cast()) })
 }
 

@@ -27,9 +27,15 @@
 //! 64 tokens are as fast as 16, within 3 %. Looking up wins in one place: a single token on AVX2, with weights that have u8 scales
 //! and lie in the cache already. A model's weights do not, so multiplying is the default everywhere.
 //!
-//! AVX2, AVX-512 (on x86-64) and NEON with and without dot products (under qemu) are tested bit for bit. AVX-VNNI is untested
-//! as it stands: no machine at hand has it and qemu does not emulate it. It is compiled, and its source, which is AVX-512's
-//! with other vectors, was tested in AVX-512's encoding.
+//! Matrix units (AMX) take 9 tokens or more; a batch below that is AVX-512's. Billions of weights times activations a second on one
+//! core of an Emerald Rapids server with busy neighbours, the fastest of 150 runs, 5760 rows of 2880 in the last cache level:
+//!
+//! | kernel | scale a row, 64 tokens | u8 per 64, 16 tokens | 64 tokens |
+//! |---|---|---|---|
+//! | AVX-512 VNNI | 181 | 152 | 145 |
+//! | AMX-INT8 | 546 | 268 | 310 |
+//!
+//! All of x86-64's are tested bit for bit, NEON with and without dot products under qemu.
 //!
 //! ```
 //! use ternoss_backends::cpu::{Isa, Kernels};
@@ -72,6 +78,7 @@ pub mod stored;
 mod t5;
 mod tasks;
 mod team;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 mod tiles;
 pub mod tokens;
 mod view;
@@ -129,6 +136,7 @@ impl Isa {
     pub fn available() -> &'static [Self] {
         static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
         AVAILABLE.get_or_init(|| {
+            #[allow(unused_mut)]
             let mut available = vec![Self::Scalar];
             #[cfg(target_arch = "x86_64")]
             {
@@ -233,6 +241,7 @@ impl Kernels {
     }
 
     /// All `rows` with all tokens by matrix units, in floats.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
     fn multiply_tiles(self, rows: &T2Rows<'_>, tokens: &TokenTiles, target: Target<'_, '_>) {
         match self.isa {
             // SAFETY: `Kernels` only exists for instruction sets that were found on this processor.

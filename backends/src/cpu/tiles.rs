@@ -53,8 +53,8 @@ impl TokenTiles {
     }
 
     /// Some steps of 16 tokens.
-    pub(super) fn of(&self, sixteen: usize, steps: Range<usize>) -> &[Tile] {
-        &self.tiles[sixteen * self.steps..][steps]
+    pub(super) fn of(&self, tile: usize, steps: Range<usize>) -> &[Tile] {
+        &self.tiles[tile * self.steps..][steps]
     }
 }
 
