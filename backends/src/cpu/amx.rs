@@ -13,6 +13,7 @@ use std::{
 };
 
 use super::{
+    avx512::quarter,
     linear::T2Rows,
     tiles::{TILE, TILE_BYTES, Target, Tile, TokenTiles},
     tokens::{QUAD, QUAD_BLOCKS},
@@ -273,19 +274,6 @@ fn store(to: &mut [u8; TILE_BYTES], bytes: __m512i) {
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), bytes) }
 }
 
-/// The codes at bits `2k` and up of each byte.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn quarter(codes: __m512i, k: usize) -> __m512i {
-    let shifted = match k {
-        0 => codes,
-        1 => _mm512_srli_epi16::<2>(codes),
-        2 => _mm512_srli_epi16::<4>(codes),
-        _ => _mm512_srli_epi16::<6>(codes),
-    };
-    _mm512_and_si512(shifted, _mm512_set1_epi8(3))
-}
-
 /// The rows of a tile.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -312,10 +300,10 @@ fn write(
     start: usize,
     out: &mut [&mut [f32]],
 ) {
-    let mask = ((1u32 << row_scales.len()) - 1) as u16;
+    let rows = row_scales.len();
+    let mask = ((1u32 << rows) - 1) as u16;
     // SAFETY: what the mask leaves out is not read.
     let row_scales = unsafe { _mm512_maskz_loadu_ps(mask, row_scales.as_ptr()) };
-    let rows = mask.count_ones() as usize;
     for ((totals, scale), out) in transpose(totals).into_iter().zip(token_scales).zip(out) {
         let to = &mut out[start..start + rows];
         let value = _mm512_mul_ps(_mm512_cvtepi32_ps(totals), _mm512_mul_ps(row_scales, _mm512_set1_ps(*scale)));

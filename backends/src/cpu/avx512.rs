@@ -72,7 +72,7 @@ fn prefetch(from: *const u8) {
 /// The codes at bits `2k` and up of each byte.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn quarter(codes: Vector, k: usize) -> Vector {
+pub(super) fn quarter(codes: Vector, k: usize) -> Vector {
     let shifted = match k {
         0 => codes,
         1 => _mm512_srli_epi16::<2>(codes),

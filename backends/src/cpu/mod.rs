@@ -136,28 +136,27 @@ impl Isa {
     pub fn available() -> &'static [Self] {
         static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
         AVAILABLE.get_or_init(|| {
-            #[allow(unused_mut)]
-            let mut available = vec![Self::Scalar];
             #[cfg(target_arch = "x86_64")]
-            {
+            let found = {
                 use std::arch::is_x86_feature_detected as has;
                 let avx2 = has!("avx2") && has!("fma") && has!("f16c");
                 let avx512 = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512vnni");
-                let found = [
+                [
                     (avx2, Self::Avx2),
                     (avx2 && has!("avxvnni"), Self::AvxVnni),
                     (avx512, Self::Avx512),
                     (avx512 && amx::available(), Self::Amx),
-                ];
-                available.extend(found.into_iter().filter(|(found, _)| *found).map(|(_, isa)| isa));
-            }
+                ]
+            };
             #[cfg(target_arch = "aarch64")]
-            {
+            let found = {
                 use std::arch::is_aarch64_feature_detected as has;
-                let found = [(has!("neon"), Self::Neon), (has!("neon") && has!("dotprod"), Self::NeonDot)];
-                available.extend(found.into_iter().filter(|(found, _)| *found).map(|(_, isa)| isa));
-            }
-            available
+                [(has!("neon"), Self::Neon), (has!("neon") && has!("dotprod"), Self::NeonDot)]
+            };
+            #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+            let found: [(bool, Self); 0] = [];
+            let found = found.into_iter().filter(|(found, _)| *found).map(|(_, isa)| isa);
+            std::iter::once(Self::Scalar).chain(found).collect()
         })
     }
 }

@@ -41,7 +41,7 @@ impl TokenTiles {
         let mut tiles = vec![Tile::ZERO; tokens.len().div_ceil(TILE) * steps];
         for (tokens, tiles) in tokens.chunks(TILE).zip(tiles.chunks_exact_mut(steps.max(1))) {
             for (t, token) in tokens.iter().enumerate() {
-                let bytes = bytemuck::cast_slice::<_, [[u8; 4]; TILE]>(bytes_of(token));
+                let bytes = bytemuck::cast_slice::<_, [[u8; 4]; TILE]>(token.quads);
                 for (tile, fours) in tiles.iter_mut().zip(bytes) {
                     for (row, four) in tile.0.iter_mut().zip(fours) {
                         row[4 * t..4 * t + 4].copy_from_slice(four);
@@ -68,8 +68,4 @@ pub(super) struct Target<'o, 'a> {
     pub(super) row_scales: &'o [f32],
     /// Whether what is there is written over, not added to.
     pub(super) is_first: bool,
-}
-
-fn bytes_of<'a>(token: &Token<'a>) -> &'a [u8] {
-    bytemuck::cast_slice(token.quads)
 }
