@@ -9,6 +9,15 @@ use std::{fs, ops::ControlFlow, path::Path};
 use burn::tensor::{DType, Tensor, TensorData};
 use proptest::prelude::*;
 use support::{comma_separated, example, fixture, ternoss_ok};
+use ternoss::backends::{
+    StoredFloat, StoredMatrix,
+    cpu::{
+        Kernels,
+        bounds::bounds,
+        screen::Screen,
+        stored::{StoredRows, stored_linear},
+    },
+};
 use ternoss::{
     Cpu,
     model::{
@@ -16,15 +25,6 @@ use ternoss::{
         sampling::{Computed, Sampler, SamplingConfig},
         screening::LazyLogits,
         table::{Screening, StoredTable, Table},
-    },
-};
-use ternoss_backends::{
-    StoredFloat, StoredMatrix,
-    cpu::{
-        Kernels,
-        bounds::bounds,
-        screen::Screen,
-        stored::{StoredRows, stored_linear},
     },
 };
 

@@ -2,7 +2,7 @@ use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
-use ternoss_backends::{AttentionSpec, TernaryBackend, reference, sink_attention};
+use ternoss::backends::{AttentionSpec, TernaryBackend, reference, sink_attention};
 
 use crate::support::{Noise, assert_close, assert_same, values};
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
-use ternoss_backends::{
+use ternoss::backends::{
     AttentionSpec, KvFormat, LayerCache, TernaryBackend, cached_attention,
     cpu::{HeadCaches, attention},
     reference,

@@ -8,16 +8,16 @@ use burn::tensor::{
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use proptest::prelude::*;
-use ternoss_backends::{
+use ternoss::backends::{
     BiasedWeight, CodeFormat, Rotation, StoredFloat, StoredMatrix, TernaryBackend, TernaryLayout, largest, linear_onto,
     norm_linears, rms_norm, route, stored_linear, stored_linear_at, stored_rows, ternary_linear, ternary_linears,
     ternary_rows,
 };
 
 #[cfg(not(feature = "wgpu"))]
-use ternoss_backends::cube::{Cuda as Gpu, devices::cuda_devices as devices};
+use ternoss::backends::cube::{Cuda as Gpu, devices::cuda_devices as devices};
 #[cfg(feature = "wgpu")]
-use ternoss_backends::cube::{Wgpu as Gpu, devices::wgpu_devices as devices};
+use ternoss::backends::cube::{Wgpu as Gpu, devices::wgpu_devices as devices};
 
 use crate::{
     cache,

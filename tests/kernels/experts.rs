@@ -1,7 +1,7 @@
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
-use ternoss_backends::{
+use ternoss::backends::{
     ClampedSwiGlu, CodeFormat, ExpertLayer, FormatError, TernaryBackend, TernaryExperts, TernaryLayout,
     cpu::{self, Kernels},
     expert_layer, reference, rms_norm, route, ternary_experts,

@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use ternoss_backends::{CodeFormat, FormatError, TernaryLayout, format::MAX_IN_FEATURES};
+use ternoss::backends::{CodeFormat, FormatError, TernaryLayout, format::MAX_IN_FEATURES};
 
 use crate::support::{Noise, any_format, layout};
 

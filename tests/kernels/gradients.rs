@@ -2,7 +2,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData, backend::AutodiffBackend};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
-use ternoss_backends::{
+use ternoss::backends::{
     AttentionSpec, ClampedSwiGlu, CodeFormat, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts, TernaryLayout,
     TernaryWeight, reference, sink_attention, stored_linear, stored_rows, ternary_experts, ternary_linear,
 };

@@ -2,7 +2,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
-use ternoss_backends::{
+use ternoss::backends::{
     CodeFormat, FormatError, Rotation, TernaryBackend, TernaryLayout, TernaryWeight,
     cpu::{Isa, Kernels, linear, tokens::Tokens},
     format::MAX_IN_FEATURES,

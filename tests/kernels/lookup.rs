@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use ternoss_backends::{
+use ternoss::backends::{
     CodeFormat,
     cpu::{linear, lookup, tokens::Tokens},
 };

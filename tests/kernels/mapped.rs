@@ -3,7 +3,7 @@ use std::{io::Write, ops::Range};
 use burn::tensor::{DType, Int, Tensor, TensorPrimitive};
 use burn_flex::Flex;
 use burn_ndarray::{NdArray, NdArrayTensor};
-use ternoss_backends::{CodeFormat, MappedError, MappedFile, TernaryWeight, ternary_linear};
+use ternoss::backends::{CodeFormat, MappedError, MappedFile, TernaryWeight, ternary_linear};
 
 use crate::support::{Noise, Weights, assert_same, layout, matrix, values};
 

@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
-use ternoss_backends::{
+use ternoss::backends::{
     BiasedWeight, CodeFormat, TernaryBackend,
     cpu::{self, routing},
     norm_linears, reference, rms_norm, route, ternary_linear, ternary_linears,
@@ -67,7 +67,7 @@ proptest! {
 
     #[test]
     fn linears_that_share_an_input_give_what_each_gives(first in any_layout(), rows in 1..40usize, seed: u64) {
-        let layouts = [first, ternoss_backends::TernaryLayout { rows, planes: 1, ..first }];
+        let layouts = [first, ternoss::backends::TernaryLayout { rows, planes: 1, ..first }];
         let weights = layouts.map(|layout| Weights::new(layout, seed));
         let mut noise = Noise::new(seed);
         let x = noise.floats(3 * first.in_features);

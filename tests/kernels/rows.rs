@@ -3,7 +3,7 @@ use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
-use ternoss_backends::{CodeFormat, Rotation, TernaryBackend, TernaryLayout, reference, ternary_linear, ternary_rows};
+use ternoss::backends::{CodeFormat, Rotation, TernaryBackend, TernaryLayout, reference, ternary_linear, ternary_rows};
 
 use crate::support::{Weights, any_layout, assert_close, assert_same, layout, matrix, values};
 

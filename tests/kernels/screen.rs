@@ -2,7 +2,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
-use ternoss_backends::{
+use ternoss::backends::{
     StoredFloat, StoredMatrix, TernaryBackend,
     cpu::{
         Kernels,
@@ -184,7 +184,7 @@ fn backend_screens<B: TernaryBackend>() {
     let found = values(screen_bounds(matrix::<B>(&x, [3, 90]), &screen));
     assert_same(&found, &bounds_of(Kernels::detect(), &screen, &x, DEVIATIONS), "bounds");
     let ids = Tensor::from_data(TensorData::new(vec![5i64, 299, 300, -1], [4]), &B::Device::default());
-    let at = values(ternoss_backends::stored_linear_at(matrix::<B>(&x, [3, 90]), &table, ids.clone()));
+    let at = values(ternoss::backends::stored_linear_at(matrix::<B>(&x, [3, 90]), &table, ids.clone()));
     let whole = stored.exact(&x);
     for (at, whole) in at.chunks(4).zip(whole.chunks(300)) {
         assert_same(at, &[whole[5], whole[299], f32::NAN, f32::NAN], "chosen rows");

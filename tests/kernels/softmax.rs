@@ -5,7 +5,7 @@ use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
-use ternoss_backends::{
+use ternoss::backends::{
     AttentionSpec, Rotation, ScoreView, TernaryBackend,
     cpu::{Isa, Kernels, attention, tokens},
     reference, round_activations,

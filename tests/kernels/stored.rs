@@ -2,7 +2,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
-use ternoss_backends::{
+use ternoss::backends::{
     FormatError, StoredFloat, StoredMatrix, TernaryBackend,
     cpu::{
         Kernels,
@@ -26,7 +26,7 @@ fn run(kernels: Kernels, float: StoredFloat, words: &[u32], shape: [usize; 2], x
     let tokens = x.len() / shape[1];
     let mut out = vec![f32::NAN; tokens * shape[0]];
     let view = StoredRows::new(words, shape[0], shape[1], float).unwrap();
-    ternoss_backends::cpu::stored::stored_linear(kernels, &view, x, tokens, &mut out).unwrap();
+    ternoss::backends::cpu::stored::stored_linear(kernels, &view, x, tokens, &mut out).unwrap();
     out
 }
 

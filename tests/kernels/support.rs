@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use proptest::prelude::*;
-use ternoss_backends::{
+use ternoss::backends::{
     CodeFormat, Rotation, TernaryLayout, TernaryWeight,
     cpu::{Isa, Kernels, TernaryMatrices, TernaryRows},
 };

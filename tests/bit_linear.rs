@@ -8,8 +8,10 @@ use burn::{
     tensor::{Tensor, TensorData, backend::Backend},
 };
 use proptest::prelude::*;
-use ternoss_backends::{CodeFormat, Rotation, TernaryBackend, reference::rotate, round_activations};
-use ternoss_quant::{BitLinear, BitWeight, Granularity, Linear, TernaryConfig, absmean};
+use ternoss::{
+    backends::{CodeFormat, Rotation, TernaryBackend, reference::rotate, round_activations},
+    quant::{self, BitLinear, BitWeight, Granularity, Linear, TernaryConfig, absmean},
+};
 
 type Flex = burn_flex::Flex;
 type NdArray = burn_ndarray::NdArray;
@@ -272,7 +274,7 @@ fn packed_scales_have_the_gradient_of_finite_differences() {
 fn training_a_latent_layer_lowers_the_loss() {
     type B = Autodiff<Flex>;
     use burn::optim::{GradientsParams, Optimizer, SgdConfig};
-    let mut layer = ternoss_quant::BitLinearConfig::new(64, 8).init::<B>(&Default::default());
+    let mut layer = quant::BitLinearConfig::new(64, 8).init::<B>(&Default::default());
     let (x, target) = (random::<B>([32, 64], 1), random::<B>([32, 8], 2));
     let mut optimizer = SgdConfig::new().init();
     let mut losses = Vec::new();
@@ -297,7 +299,7 @@ fn a_linear_becomes_ternary_in_one_call() {
 
 #[test]
 fn packed_weights_survive_the_module_traversals() {
-    let layer = ternoss_quant::BitLinearConfig::new(64, 8).init::<Autodiff<Flex>>(&Default::default()).pack().unwrap();
+    let layer = quant::BitLinearConfig::new(64, 8).init::<Autodiff<Flex>>(&Default::default()).pack().unwrap();
     let x = random::<Autodiff<Flex>>([2, 64], 9);
     let expected = host(layer.forward(x.clone()));
     use burn::module::AutodiffModule;
