@@ -233,36 +233,15 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         let targets = batch.iter().map(|window| self.targets.get(*window)).collect::<Result<Vec<_>, _>>()?;
         let windows = last.into_iter().zip(targets).collect();
         let (mut divergence, mut of_norm, mut upstream) = (0.0, vec![None], Vec::new());
-        for (loss, gradient, x) in side_by_side(windows, |(x, targets)| self.loss_of_window(x, targets)) {
+        let rows = rows_at_once(self.heads[1].rows());
+        let of_window = |(x, targets)| loss_of_window(&self.heads, (&self.norm, &self.tuned_norm), x, targets, rows);
+        for (loss, gradient, x) in side_by_side(windows, of_window) {
             divergence += loss;
             of_norm = add(of_norm, gradient);
             upstream.push(x);
         }
         self.tuned_norm.step(learning_rate, of_norm);
         Ok((divergence / tokens as f64, upstream))
-    }
-
-    /// The sum of the divergence over the tokens of a window, and its gradients by the last norm and by the residual stream.
-    fn loss_of_window(&self, x: Tensor<B, 2>, targets: Tensor<B, 2>) -> (f64, SlotGradients<B>, Tensor<B, 2>) {
-        let head = Table::<Autodiff<B>>::from_inner(self.heads[1].clone()).no_grad();
-        let tuned = self.tuned_norm.apart();
-        let count = x.dims()[0];
-        let (mut divergence, mut of_norm, mut parts) = (0.0, vec![None], Vec::new());
-        for first in (0..count).step_by(rows_at_once(head.rows())) {
-            let rows = first..(first + rows_at_once(head.rows())).min(count);
-            // Anew for each part: a backward pass takes what it has gone through out of the graph.
-            let norm = RmsNorm::<Autodiff<B>>::from_inner(self.norm.clone());
-            let norm = RmsNorm { gamma: Param::initialized(norm.gamma.id, tuned.value(0)), ..norm };
-            let target = log_softmax(self.heads[0].logits(targets.clone().slice_dim(0, rows.clone())), 1);
-            let x = Tensor::<Autodiff<B>, 2>::from_inner(x.clone().slice_dim(0, rows)).require_grad();
-            let own = log_softmax(head.logits(apply_norm(&norm, x.clone())), 1);
-            let loss = (Tensor::from_inner(target.clone().exp()) * (Tensor::from_inner(target) - own)).sum();
-            divergence += loss.clone().into_data().iter::<f32>().map(f64::from).sum::<f64>();
-            let gradients = loss.backward();
-            parts.extend(x.grad(&gradients));
-            of_norm = add(of_norm, tuned.gradients(&gradients));
-        }
-        (divergence, of_norm, Tensor::cat(parts, 0))
     }
 
     /// Measures the model, packed, on the held-out windows.
@@ -286,6 +265,36 @@ impl<'a, B: TernaryBackend> Distillation<'a, B> {
         }
         Ok(HeldOut::new(&sum, self.calibration.held_out().len() * self.calibration.context()))
     }
+}
+
+/// The sum of the divergence over the tokens of a window, and its gradients by the last norm and by the residual stream
+/// `x [tokens, hidden]`; `targets` are what the first of `heads` sees. So many `rows` of logits are in memory at a time.
+fn loss_of_window<B: TernaryBackend>(
+    heads: &[Table<B>; 2],
+    (norm, tuned): (&RmsNorm<B>, &Tuned<B>),
+    x: Tensor<B, 2>,
+    targets: Tensor<B, 2>,
+    rows: usize,
+) -> (f64, SlotGradients<B>, Tensor<B, 2>) {
+    let head = Table::<Autodiff<B>>::from_inner(heads[1].clone()).no_grad();
+    let tuned = tuned.apart();
+    let count = x.dims()[0];
+    let (mut divergence, mut of_norm, mut parts) = (0.0, vec![None], Vec::new());
+    for first in (0..count).step_by(rows) {
+        let part = first..(first + rows).min(count);
+        // Anew for each part: a backward pass takes what it has gone through out of the graph.
+        let norm = RmsNorm::<Autodiff<B>>::from_inner(norm.clone());
+        let norm = RmsNorm { gamma: Param::initialized(norm.gamma.id, tuned.value(0)), ..norm };
+        let target = log_softmax(heads[0].logits(targets.clone().slice_dim(0, part.clone())), 1);
+        let x = Tensor::<Autodiff<B>, 2>::from_inner(x.clone().slice_dim(0, part)).require_grad();
+        let own = log_softmax(head.logits(apply_norm(&norm, x.clone())), 1);
+        let loss = (Tensor::from_inner(target.clone().exp()) * (Tensor::from_inner(target) - own)).sum();
+        divergence += loss.clone().into_data().iter::<f32>().map(f64::from).sum::<f64>();
+        let gradients = loss.backward();
+        parts.extend(x.grad(&gradients));
+        of_norm = add(of_norm, tuned.gradients(&gradients));
+    }
+    (divergence, of_norm, Tensor::cat(parts, 0))
 }
 
 /// Does the same with every window. Each has a thread of its own: one of rayon's would take up other windows in the middle of
@@ -363,5 +372,45 @@ pub(crate) fn share_of_peak(step: usize, steps: usize) -> f64 {
     match done < WARM_UP {
         true => done / WARM_UP,
         false => 0.5 * (1.0 + (PI * (done - WARM_UP) / (1.0 - WARM_UP)).cos()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+    use ternoss_model::{Checkpoint, GptOss};
+
+    use super::*;
+
+    /// `[7, hidden]`, different for each seed.
+    fn stream(hidden: usize, seed: f32) -> Tensor<Flex, 2> {
+        let values: Vec<f32> = (0..7 * hidden).map(|i| (i as f32 * 0.37 + seed).sin()).collect();
+        Tensor::<Flex, 1>::from_floats(values.as_slice(), &Default::default()).reshape([7, hidden])
+    }
+
+    #[test]
+    fn a_window_in_parts_gives_the_gradients_of_the_whole() {
+        let checkpoint = Checkpoint::open("../examples/tiny-gpt-oss".as_ref()).unwrap();
+        let (norm, head) = GptOss::<Flex>::load_output(&checkpoint, &Default::default()).unwrap();
+        let hidden = checkpoint.config().hidden_size;
+        let (heads, tuned) = ([head.clone(), head], Tuned::vector(norm.gamma.val()));
+        let loss = |rows| {
+            let (x, targets) = (stream(hidden, 1.0), stream(hidden, 2.0));
+            let (loss, of_norm, of_x) = loss_of_window(&heads, (&norm, &tuned), x, targets, rows);
+            let of_norm = host(of_norm.into_iter().next().flatten().unwrap());
+            (loss, of_norm, host(of_x.reshape([7 * hidden])))
+        };
+        let (whole, of_norm, of_x) = loss(7);
+        let largest = of_norm.iter().fold(0f32, |most, value| most.max(value.abs()));
+        assert!(whole > 1.0 && largest > 1e-2, "{whole} {largest}");
+        for rows in [1, 2, 3, 100] {
+            let parts = loss(rows);
+            assert!((parts.0 / whole - 1.0).abs() < 1e-5, "{} in parts of {rows}, {whole}", parts.0);
+            for (parts, whole) in [(parts.1, &of_norm), (parts.2, &of_x)] {
+                assert_eq!(parts.len(), whole.len());
+                let apart = parts.iter().zip(whole).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(apart < 1e-5 * largest.max(1.0), "{apart} in parts of {rows}");
+            }
+        }
     }
 }
