@@ -92,6 +92,27 @@ fn every_measurement_is_there_once_and_its_figures_fit_each_other() {
 }
 
 #[test]
+fn sequences_side_by_side_are_measured_beside_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = ternary(folder.path());
+    let loaded = load(&model, ExpertPlacement::Auto);
+    let found = bench_json(&model, &[&SHORT[..], &["--threads", "2", "--sequences", "5,1"]].concat());
+    assert_eq!(column(&found["decode"], "context"), [0, 0, 20, 20]);
+    assert_eq!(column(&found["decode"], "sequences"), [1, 5, 1, 5]);
+    for decode in found["decode"].as_array().unwrap() {
+        let [context, sequences] = ["context", "sequences"].map(|key| decode[key].as_u64().unwrap() as usize);
+        let (one, together) = (loaded.decode_traffic(context), loaded.batch_traffic(context, sequences));
+        assert_eq!((together.cache, together.attention), (sequences * one.cache, one.attention));
+        // Two of eight experts a token: five tokens read all of them.
+        assert_eq!(together.experts, if sequences == 1 { one.experts } else { 4 * one.experts });
+        let total: usize = (0..3).map(|more| loaded.batch_traffic(context + more, sequences).total()).sum();
+        assert_equal(number(&decode["bytes_per_token"]), total as f64 / (3 * sequences) as f64);
+        assert!(number(&decode["tokens_per_second"]) > 0.0);
+    }
+    assert_eq!(loaded.batch_traffic(9, 1), loaded.decode_traffic(9));
+}
+
+#[test]
 fn choices_of_experts_are_counted() {
     let folder = tempfile::tempdir().unwrap();
     let model = ternary(folder.path());

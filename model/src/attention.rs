@@ -56,28 +56,45 @@ impl<B: TernaryBackend> Attention<B> {
         self.o_proj.forward(self.mix(x, rope, cache))
     }
 
-    /// The residual stream `x [tokens, hidden]`, which `norm` is yet to be applied to, plus the attention's output.
+    /// The residual stream `x [tokens, hidden]`, which `norm` is yet to be applied to, plus the attention's output. Tokens are
+    /// those of one sequence, or as many of each, sequence after sequence.
     pub fn forward_onto(
         &self,
         x: Tensor<B, 2>,
         norm: &nn::RmsNorm<B>,
         rope: &RotaryTables<B>,
-        cache: &mut LayerCache<B>,
+        caches: &mut [&mut LayerCache<B>],
     ) -> Tensor<B, 2> {
         let [q, k, v, o] = self.projections();
         let qkv = Linear::normed_all([q, k, v], x.clone(), norm.gamma.val(), norm.epsilon);
-        o.forward_onto(x, self.attend(qkv, rope, cache))
+        o.forward_onto(x, self.attend(qkv, rope, caches))
     }
 
     /// What `o_proj` sees: the values mixed by attention, `[tokens, hidden]` to `[tokens, q_heads * head_dim]`.
     pub fn mix(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
-        self.attend(Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], x), rope, cache)
+        self.attend(Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], x), rope, &mut [cache])
     }
 
-    /// Queries, keys and values of the tokens to the values mixed.
-    fn attend(&self, qkv: [Tensor<B, 2>; 3], rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
+    /// Queries, keys and values of the tokens to the values mixed, each sequence by itself.
+    fn attend(
+        &self,
+        qkv: [Tensor<B, 2>; 3],
+        rope: &RotaryTables<B>,
+        caches: &mut [&mut LayerCache<B>],
+    ) -> Tensor<B, 2> {
         let scale = (self.head_dim as f32).sqrt().recip();
-        cached_attention(qkv, [rope.cos.clone(), rope.sin.clone()], self.sinks.val(), scale, cache)
+        let tables = [rope.cos.clone(), rope.sin.clone()];
+        if let [cache] = caches {
+            return cached_attention(qkv, tables, self.sinks.val(), scale, cache);
+        }
+        let tokens = qkv[0].dims()[0] / caches.len();
+        let mixed = caches.iter_mut().enumerate().map(|(sequence, cache)| {
+            let rows = sequence * tokens..(sequence + 1) * tokens;
+            let of_sequence = |all: &Tensor<B, 2>| all.clone().slice_dim(0, rows.clone());
+            let (qkv, tables) = (qkv.each_ref().map(of_sequence), tables.each_ref().map(of_sequence));
+            cached_attention(qkv, tables, self.sinks.val(), scale, cache)
+        });
+        Tensor::cat(mixed.collect(), 0)
     }
 }
 

@@ -74,6 +74,10 @@ impl<B: Backend> KvCache<B> {
         self.layers.iter_mut().for_each(|layer| layer.truncate(position));
     }
 
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut LayerCache<B> {
+        &mut self.layers[layer]
+    }
+
     pub(crate) fn layers_mut(&mut self) -> impl Iterator<Item = &mut LayerCache<B>> {
         self.layers.iter_mut()
     }

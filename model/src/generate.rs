@@ -23,7 +23,7 @@ use crate::{
     GptOss, KvCache, TokenOutOfRange,
     language_model::LanguageModel,
     layer::Layer,
-    sampling::{Sampler, SamplingError},
+    sampling::{Choice, Sampler, SamplingError},
 };
 
 /// A generation that cannot go on.
@@ -130,10 +130,22 @@ impl<B: TernaryBackend> GptOss<B> {
         sampler: &mut Sampler,
         history: &[u32],
     ) -> Result<u32, SamplingError> {
-        let screened = if sampler.can_screen() { self.lm_head.screened(&hidden) } else { None };
-        match screened.as_ref().and_then(|tokens| tokens.first()) {
-            Some(logits) => sampler.sample_screened(logits, history),
-            None => choose(self.lm_head.logits(hidden), sampler, history),
+        let chosen = self.next_tokens(hidden, &mut [Choice { sampler, history }])?;
+        chosen.first().copied().ok_or(SamplingError::Empty)
+    }
+
+    /// [`next_token`](Self::next_token) of several texts: `hidden [texts, hidden]`.
+    ///
+    /// # Errors
+    /// [`SamplingError`]
+    pub fn next_tokens(&self, hidden: Tensor<B, 2>, choices: &mut [Choice<'_>]) -> Result<Vec<u32>, SamplingError> {
+        let can_screen = choices.iter().all(|choice| choice.sampler.can_screen());
+        match if can_screen { self.lm_head.screened(&hidden) } else { None } {
+            Some(logits) => {
+                let texts = choices.iter_mut().zip(&logits);
+                texts.map(|(choice, logits)| choice.sampler.sample_screened(logits, choice.history)).collect()
+            }
+            None => choose(self.lm_head.logits(hidden), choices),
         }
     }
 
@@ -154,20 +166,29 @@ impl<B: TernaryBackend> GptOss<B> {
     }
 }
 
-/// Chooses from logits `[1, vocabulary]`, of which as few as possible are read from where they are.
-fn choose<B: TernaryBackend>(
-    logits: Tensor<B, 2>,
-    sampler: &mut Sampler,
-    history: &[u32],
-) -> Result<u32, SamplingError> {
-    let k = sampler.decided_by().map(|k| k.min(logits.dims()[1])).filter(|k| *k > 0);
-    match k.and_then(|k| largest(logits.clone(), k)) {
-        Some((tokens, logits)) => {
-            let tokens: Vec<u32> = tokens.into_data().iter::<u32>().collect();
-            sampler.sample_largest(tokens.into_iter().zip(host(logits)).collect())
-        }
-        None => sampler.sample(&host(logits), history),
+/// Chooses from each row of logits `[texts, vocabulary]`, of which as few as possible are read from where they are.
+fn choose<B: TernaryBackend>(logits: Tensor<B, 2>, choices: &mut [Choice<'_>]) -> Result<Vec<u32>, SamplingError> {
+    let vocabulary = logits.dims()[1];
+    let decided_by = |choice: &Choice<'_>| choice.sampler.decided_by().map(|k| k.min(vocabulary)).filter(|k| *k > 0);
+    let counts: Option<Vec<usize>> = choices.iter().map(decided_by).collect();
+    let most = counts.as_ref().and_then(|counts| counts.iter().max().copied());
+    if let (Some(counts), Some((tokens, numbers))) = (counts, most.and_then(|k| largest(logits.clone(), k))) {
+        let [_, k] = tokens.dims();
+        let tokens: Vec<u32> = tokens.into_data().iter::<u32>().collect();
+        let numbers = host(numbers);
+        let rows = tokens.chunks(k).zip(numbers.chunks(k)).zip(counts);
+        return choices
+            .iter_mut()
+            .zip(rows)
+            .map(|(choice, ((tokens, numbers), count))| {
+                let falling = tokens.iter().copied().zip(numbers.iter().copied());
+                choice.sampler.sample_largest(falling.take(count).collect())
+            })
+            .collect();
     }
+    let logits = host(logits);
+    let rows = choices.iter_mut().zip(logits.chunks(vocabulary.max(1)));
+    rows.map(|(choice, logits)| choice.sampler.sample(logits, choice.history)).collect()
 }
 
 fn host<B: Backend>(logits: Tensor<B, 2>) -> Vec<f32> {

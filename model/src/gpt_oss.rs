@@ -31,8 +31,8 @@ use crate::{
 
 /// A gpt-oss model: dense, ternary, or layer by layer either.
 ///
-/// Field names are those of the checkpoint, so a tensor's name is its path in the module. One sequence at a time;
-/// what came before a call is in the [`KvCache`] passed to it.
+/// Field names are those of the checkpoint, so a tensor's name is its path in the module. What came before a call is in the
+/// [`KvCache`] passed to it, one for each sequence.
 #[derive(Module, Debug)]
 pub struct GptOss<B: Backend> {
     /// Token embedding.
@@ -106,7 +106,16 @@ impl<B: TernaryBackend> GptOss<B> {
 
     /// What the output layer sees: `[tokens]` to `[tokens, hidden]`, normed.
     pub fn hidden(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Tensor<B, 2> {
-        let x = self.hidden_states(tokens, cache, |_, _| {});
+        self.hidden_batch(tokens, &mut [cache])
+    }
+
+    /// What the output layer sees of several sequences: as many tokens of each, sequence after sequence, `[tokens]` to
+    /// `[tokens, hidden]`, normed. The weights are read once for all of them.
+    ///
+    /// # Panics
+    /// If there are no sequences, or they do not share the tokens evenly.
+    pub fn hidden_batch(&self, tokens: Tensor<B, 1, Int>, caches: &mut [&mut KvCache<B>]) -> Tensor<B, 2> {
+        let x = self.through_layers(tokens, caches, |_, _| {});
         apply_norm(&self.norm, x)
     }
 
@@ -116,15 +125,27 @@ impl<B: TernaryBackend> GptOss<B> {
         &self,
         tokens: Tensor<B, 1, Int>,
         cache: &mut KvCache<B>,
+        observe: impl FnMut(usize, &Tensor<B, 2>),
+    ) -> Tensor<B, 2> {
+        self.through_layers(tokens, &mut [cache], observe)
+    }
+
+    fn through_layers(
+        &self,
+        tokens: Tensor<B, 1, Int>,
+        caches: &mut [&mut KvCache<B>],
         mut observe: impl FnMut(usize, &Tensor<B, 2>),
     ) -> Tensor<B, 2> {
-        let new = tokens.dims()[0];
-        let positions = cache.position()..cache.position() + new;
+        let (count, sequences) = (tokens.dims()[0], caches.len());
+        assert!(sequences > 0 && count.is_multiple_of(sequences), "{count} tokens of {sequences} sequences");
+        let new = count / sequences;
+        let positions: Vec<_> = caches.iter().flat_map(|cache| cache.position()..cache.position() + new).collect();
         let mut x = self.embed_tokens.embed(tokens);
-        let rope = self.rope.tables(positions, &x.device());
-        for (number, (layer, cache)) in self.layers.iter().zip(cache.layers_mut()).enumerate() {
+        let rope = self.rope.tables(positions.into_iter(), &x.device());
+        for (number, layer) in self.layers.iter().enumerate() {
             observe(number, &x);
-            x = layer.forward(x, &rope, cache);
+            let mut caches: Vec<_> = caches.iter_mut().map(|cache| cache.layer_mut(number)).collect();
+            x = layer.forward_batch(x, &rope, &mut caches);
         }
         observe(self.layers.len(), &x);
         x

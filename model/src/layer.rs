@@ -80,7 +80,17 @@ impl<B: TernaryBackend> Mlp<B> {
 impl<B: TernaryBackend> Layer<B> {
     /// The residual stream `[tokens, hidden]` before the layer to after it.
     pub fn forward(&self, x: Tensor<B, 2>, rope: &RotaryTables<B>, cache: &mut LayerCache<B>) -> Tensor<B, 2> {
-        let x = self.self_attn.forward_onto(x, &self.input_layernorm, rope, cache);
+        self.forward_batch(x, rope, &mut [cache])
+    }
+
+    /// The same of several sequences: as many tokens of each, sequence after sequence.
+    pub fn forward_batch(
+        &self,
+        x: Tensor<B, 2>,
+        rope: &RotaryTables<B>,
+        caches: &mut [&mut LayerCache<B>],
+    ) -> Tensor<B, 2> {
+        let x = self.self_attn.forward_onto(x, &self.input_layernorm, rope, caches);
         self.mlp.forward_onto(x, &self.post_attention_layernorm)
     }
 }

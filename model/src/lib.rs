@@ -2,7 +2,7 @@
 //!
 //! In the order data flows: [`config`] (what `config.json` says), [`rope`], [`attention`], [`router`], [`experts`],
 //! [`layer`], [`gpt_oss`]; then what surrounds the model: [`checkpoint`] (files), `tokenizer`, `harmony`
-//! (conversations), [`sampling`], [`screening`], [`generate`], [`perplexity`] and [`traffic`] (bytes a token reads).
+//! (conversations), [`sampling`], [`screening`], [`generate`], [`batch`], [`perplexity`] and [`traffic`] (bytes a token reads).
 //!
 //! ```no_run
 //! use ternoss_model::{Checkpoint, GptOss, LoadOptions, StopRules, sampling::{Sampler, SamplingConfig}};
@@ -22,6 +22,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 pub mod attention;
+pub mod batch;
 pub mod cache;
 pub mod checkpoint;
 pub mod config;

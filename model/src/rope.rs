@@ -12,7 +12,6 @@
 //! ```
 
 use std::f64::consts::PI;
-use std::ops::Range;
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 
@@ -67,8 +66,12 @@ impl RotaryEmbedding {
         self.attention_scaling
     }
 
-    /// Tables for a run of positions.
-    pub fn tables<B: Backend>(&self, positions: Range<usize>, device: &B::Device) -> RotaryTables<B> {
+    /// Tables for tokens at these positions, mostly a range.
+    pub fn tables<B: Backend>(
+        &self,
+        positions: impl ExactSizeIterator<Item = usize>,
+        device: &B::Device,
+    ) -> RotaryTables<B> {
         let shape = [positions.len(), self.inv_freq.len()];
         let angles: Vec<f32> = positions
             .flat_map(|position| self.inv_freq.iter().map(move |frequency| position as f32 * frequency))

@@ -112,6 +112,15 @@ pub struct Sampler {
     computed: Computed,
 }
 
+/// A token to be chosen.
+#[derive(Debug)]
+pub struct Choice<'a> {
+    /// Chooses.
+    pub sampler: &'a mut Sampler,
+    /// The tokens so far.
+    pub history: &'a [u32],
+}
+
 /// How many logits were computed for tokens that were looked for by [`Sampler::sample_screened`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Computed {

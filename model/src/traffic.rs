@@ -92,6 +92,12 @@ impl<B: TernaryBackend> GptOss<B> {
         Traffic { output, ..self.pass(context, 1) }
     }
 
+    /// What the next token of each of several sequences reads together, after `context` others each.
+    pub fn batch_traffic(&self, context: usize, sequences: usize) -> Traffic {
+        let one = self.decode_traffic(context);
+        Traffic { cache: sequences * one.cache, output: one.output, ..self.pass(context, sequences) }
+    }
+
     /// What [`prefill`](Self::prefill) reads for a prompt of `tokens`: every weight once a chunk, the output layer once.
     pub fn prefill_traffic(&self, tokens: usize) -> Traffic {
         let chunks = (0..tokens).step_by(B::PROMPT_TOKENS);

@@ -8,7 +8,7 @@ use ternoss::{
     backends::{TernaryBackend, ops::time_in_operations},
     model::{
         GptOss, KvCache, StopRules,
-        sampling::{Sampler, SamplingConfig},
+        sampling::{Choice, Sampler, SamplingConfig},
     },
 };
 
@@ -102,30 +102,45 @@ impl<B: TernaryBackend> Bench<'_, B> {
         Ok(visits)
     }
 
-    /// Decoding after each context, by each number of threads; and the cache of the longest context.
+    /// Decoding after each context, so many sequences at a time, by each number of threads; and the cache of the longest
+    /// context.
     pub(super) fn decode(&self) -> Result<(Vec<Decode>, KvCache<B>)> {
         let mut cache = self.model.new_cache();
         let mut results = Vec::new();
         for context in &self.plan.contexts {
             self.fill(&mut cache, *context)?;
-            let next = &self.plan.ids[*context..][..self.plan.decode];
-            let samples = self.sample(self.plan.decode, || cache.clone(), |cache| self.decode_once(next, cache))?;
-            let bytes: usize = (0..next.len()).map(|more| self.model.decode_traffic(context + more).total()).sum();
-            let bytes_per_token = bytes as f64 / next.len() as f64;
-            results.extend(self.plan.pools.iter().zip(samples).map(|(pool, (sample, runs))| {
-                let tokens_per_second = next.len() as f64 / sample.seconds;
-                Decode {
-                    context: *context,
-                    threads: pool.current_num_threads(),
-                    tokens_per_second,
-                    bytes_per_token,
-                    gigabytes_per_second: tokens_per_second * bytes_per_token / 1e9,
-                    outside_kernels: sample.outside,
-                    runs,
-                }
-            }));
+            for sequences in &self.plan.sequences {
+                results.extend(self.decode_side_by_side(&cache, *sequences)?);
+            }
         }
         Ok((results, cache))
+    }
+
+    /// Decoding of `sequences` sequences that begin alike.
+    fn decode_side_by_side(&self, cache: &KvCache<B>, sequences: usize) -> Result<Vec<Decode>> {
+        let (context, steps) = (cache.position(), self.plan.decode);
+        let tokens = sequences * steps;
+        let next = &self.plan.ids[context..][..tokens];
+        let samples = match sequences {
+            1 => self.sample(tokens, || cache.clone(), |cache| self.decode_once(next, cache))?,
+            _ => self.sample(tokens, || vec![cache.clone(); sequences], |caches| self.decode_batch(next, caches))?,
+        };
+        let bytes = (0..steps).map(|more| self.model.batch_traffic(context + more, sequences).total()).sum::<usize>();
+        let bytes_per_token = bytes as f64 / tokens as f64;
+        let results = self.plan.pools.iter().zip(samples).map(|(pool, (sample, runs))| {
+            let tokens_per_second = tokens as f64 / sample.seconds;
+            Decode {
+                context,
+                sequences,
+                threads: pool.current_num_threads(),
+                tokens_per_second,
+                bytes_per_token,
+                gigabytes_per_second: tokens_per_second * bytes_per_token / 1e9,
+                outside_kernels: sample.outside,
+                runs,
+            }
+        });
+        Ok(results.collect())
     }
 
     /// Reading prompts of each length, by each number of threads.
@@ -149,11 +164,11 @@ impl<B: TernaryBackend> Bench<'_, B> {
 
     /// Some work on `tokens` tokens for each pool, each time with a cache of its own: the median, and the speed of every
     /// run. Pools take turns, so that a noisy minute hits all of them.
-    fn sample(
+    fn sample<C: Send>(
         &self,
         tokens: usize,
-        cache: impl Fn() -> KvCache<B>,
-        work: impl Fn(KvCache<B>) -> Result<()> + Sync,
+        cache: impl Fn() -> C,
+        work: impl Fn(C) -> Result<()> + Sync,
     ) -> Result<Vec<(Sample, Vec<f64>)>> {
         let mut samples = vec![Vec::new(); self.plan.pools.len()];
         for _ in 0..self.plan.runs {
@@ -190,6 +205,23 @@ impl<B: TernaryBackend> Bench<'_, B> {
         B::session(|| {
             for id in ids {
                 self.model.generate(&[*id], &mut cache, &mut sampler, &rules, |_| ControlFlow::Continue(()))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Decodes sequences side by side, the choice of the next tokens included; each goes on with random ones of its own.
+    fn decode_batch(&self, ids: &[u32], mut caches: Vec<KvCache<B>>) -> Result<()> {
+        let sequences: Vec<&[u32]> = ids.chunks(ids.len() / caches.len()).collect();
+        let mut samplers =
+            caches.iter().map(|_| Sampler::new(SamplingConfig::greedy())).collect::<Result<Vec<_>, _>>()?;
+        let mut caches: Vec<_> = caches.iter_mut().collect();
+        B::session(|| {
+            for step in 0..self.plan.decode {
+                let next: Vec<u32> = sequences.iter().map(|ids| ids[step]).collect();
+                let hidden = self.model.hidden_batch(self.model.tokens(&next)?, &mut caches);
+                let choices = samplers.iter_mut().map(|sampler| Choice { sampler, history: &[] });
+                self.model.next_tokens(hidden, &mut choices.collect::<Vec<_>>())?;
             }
             Ok(())
         })

@@ -52,6 +52,9 @@ pub(crate) struct BenchArgs {
     /// How many tokens come before those that are decoded
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "0,512,4096", value_parser = from(0))]
     context: Vec<usize>,
+    /// How many sequences are decoded side by side
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1", value_parser = from(1))]
+    sequences: Vec<usize>,
     /// Numbers of threads; one for each core unless given
     #[arg(long, value_name = "N,..", value_delimiter = ',', value_parser = from(1))]
     threads: Vec<usize>,
@@ -65,7 +68,7 @@ pub(crate) struct BenchArgs {
     #[arg(long)]
     json: bool,
     /// Compare Burn's own operations, Burn's own 8-bit linears and this project's on every backend there is, each in a process
-    /// of its own; takes the shortest --prefill, no context and the most --threads
+    /// of its own; takes the shortest --prefill, no context, the fewest --sequences and the most --threads
     #[arg(long)]
     backends: bool,
     #[command(flatten)]
@@ -129,12 +132,22 @@ fn measure<B: TernaryBackend>(args: &BenchArgs, device: &Device<B>) -> Result<()
     Ok(())
 }
 
+/// The counts in order, each once.
+fn ascending(counts: &[usize]) -> Vec<usize> {
+    let mut counts = counts.to_vec();
+    counts.sort_unstable();
+    counts.dedup();
+    counts
+}
+
 /// What is measured.
 struct Plan {
     /// Ascending.
     contexts: Vec<usize>,
     prefill: Vec<usize>,
     decode: usize,
+    /// Ascending.
+    sequences: Vec<usize>,
     runs: usize,
     /// One for each number of threads, ascending.
     pools: Vec<ThreadPool>,
@@ -146,9 +159,7 @@ impl Plan {
     fn new(args: &BenchArgs, config: &GptOssConfig) -> Result<Self> {
         let most = config.max_position_embeddings;
         let sorted = |values: &[usize], option: &str, more: usize| {
-            let mut values = values.to_vec();
-            values.sort_unstable();
-            values.dedup();
+            let mut values = ascending(values);
             let fitting = values.partition_point(|value| value + more <= most);
             for value in values.drain(fitting..) {
                 eprintln!("skipped {option} {value}: {} tokens are more than the model's {most}", value + more);
@@ -162,13 +173,13 @@ impl Plan {
         if threads.is_empty() {
             threads.push(thread::available_parallelism().map_or(1, Into::into));
         }
-        threads.sort_unstable();
-        threads.dedup();
         let pool = |threads: usize| {
             let pool = ThreadPoolBuilder::new().num_threads(threads).build();
             pool.with_context(|| format!("{threads} threads cannot be started"))
         };
-        let longest = [prefill.last().copied(), contexts.last().map(|context| context + args.decode)];
+        let sequences = ascending(&args.sequences);
+        let decoded = args.decode * sequences.last().copied().unwrap_or(1);
+        let longest = [prefill.last().copied(), contexts.last().map(|context| context + decoded)];
         let mut random = ChaCha8Rng::seed_from_u64(args.seed);
         let vocabulary = config.vocab_size as u32;
         let ids = (0..longest.into_iter().flatten().max().unwrap_or(1)).map(|_| random.random_range(0..vocabulary));
@@ -176,18 +187,20 @@ impl Plan {
             contexts,
             prefill,
             decode: args.decode,
+            sequences,
             runs: args.runs,
-            pools: threads.into_iter().map(pool).collect::<Result<_>>()?,
+            pools: ascending(&threads).into_iter().map(pool).collect::<Result<_>>()?,
             ids: ids.collect(),
         })
     }
 
-    /// The shortest prompt, no context, the most threads.
+    /// The shortest prompt, no context, the fewest sequences, the most threads.
     fn shortest(self) -> Self {
         let pools = self.pools.into_iter().next_back().into_iter().collect();
         let prefill = self.prefill.into_iter().take(1).collect();
         let contexts = self.contexts.into_iter().take(1).collect();
-        Self { contexts, prefill, pools, ..self }
+        let sequences = self.sequences.into_iter().take(1).collect();
+        Self { contexts, prefill, sequences, pools, ..self }
     }
 
     /// Tokens that go through the model at first, so that its pages are in memory.
@@ -208,7 +221,8 @@ impl Plan {
 
     /// Tokens that go through the model once it is loaded.
     fn work(&self) -> u64 {
-        let timed = self.contexts.len() * self.decode + self.prefill.iter().sum::<usize>();
+        let decoded = self.contexts.len() * self.decode * self.sequences.iter().sum::<usize>();
+        let timed = decoded + self.prefill.iter().sum::<usize>();
         let filled = self.contexts.last().copied().unwrap_or(0);
         (self.warm_up().len() + filled + timed * self.runs * self.pools.len()) as u64
     }

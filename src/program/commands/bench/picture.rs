@@ -53,7 +53,7 @@ fn headline(canvas: &mut Canvas, results: &Results) {
 /// A bar for each measurement, in front of a pale one: the bandwidth over the bytes of a token.
 fn decoding(canvas: &mut Canvas, results: &Results) {
     let about = "Tokens per second. Pale: what reading a token's bytes from memory allows. Strong: reached.";
-    canvas.heading("Decoding, one token after the other", about);
+    canvas.heading("Decoding, one token of each sequence after the other", about);
     let limit = |threads: usize, bytes_per_token: f64| results.bandwidth(threads) / bytes_per_token;
     let limits = results.decode.iter().map(|decode| limit(decode.threads, decode.bytes_per_token));
     let reached = results.decode.iter().map(|decode| decode.tokens_per_second);
@@ -62,7 +62,11 @@ fn decoding(canvas: &mut Canvas, results: &Results) {
     for decode in &results.decode {
         let limit = limit(decode.threads, decode.bytes_per_token);
         let (top, y) = (canvas.bottom, canvas.bottom + BAR / 2.0 + 5.0);
-        let what = format!("context {}, {}", decode.context, counted(decode.threads, "thread"));
+        let threads = counted(decode.threads, "thread");
+        let what = match decode.sequences {
+            1 => format!("context {}, {threads}", decode.context),
+            sequences => format!("{sequences} of context {}, {threads}", decode.context),
+        };
         canvas.text(BARS_LEFT - 10.0, y, Font::LABEL.to_the_left(), &what);
         canvas.rect([BARS_LEFT, top, limit * scale, BAR], LINE);
         canvas
@@ -93,7 +97,7 @@ fn roofline(canvas: &mut Canvas, results: &Results) {
         }
         canvas.swatch(x, canvas.bottom, colour(results, bandwidth.threads), &name);
     }
-    let dots = results.decode.iter().map(|decode| (decode.threads, 1, decode.tokens_per_second));
+    let dots = results.decode.iter().map(|decode| (decode.threads, decode.sequences, decode.tokens_per_second));
     let prompts = results.prefill.iter().map(|prefill| (prefill.threads, prefill.tokens, prefill.tokens_per_second));
     let dots: Vec<_> = dots.chain(prompts).collect();
     let lines: Vec<(usize, Vec<(usize, f64)>)> = results
@@ -107,7 +111,8 @@ fn roofline(canvas: &mut Canvas, results: &Results) {
     let speeds = || dots.iter().map(|dot| dot.2).chain(lines.iter().flat_map(|(_, line)| line).map(|point| point.1));
     let least = speeds().fold(f64::INFINITY, f64::min).log10().floor();
     let decades = (speeds().fold(0.0, f64::max).log10().ceil() - least).max(1.0);
-    let longest = results.batches.last().map_or(1, |batch| batch.0).max(2) as f64;
+    let batches = results.batches.iter().map(|batch| batch.0);
+    let longest = batches.chain(dots.iter().map(|dot| dot.1)).fold(2, usize::max) as f64;
     let top = canvas.bottom + 20.0;
     let bottom = top + PLOT_HEIGHT;
     let across = |tokens: usize| PLOT_LEFT + 12.0 + (tokens as f64).log2() / longest.log2() * (PLOT_WIDTH - 40.0);
@@ -130,5 +135,5 @@ fn roofline(canvas: &mut Canvas, results: &Results) {
     for tokens in (0..).step_by(step).map(|power| 1usize << power).take_while(|tokens| *tokens as f64 <= longest) {
         canvas.text(across(tokens), canvas.bottom, Font::SMALL.centred(), &tokens.to_string());
     }
-    canvas.axis("tokens at once: 1 is decoding, more are a prompt. Upwards: tokens per second");
+    canvas.axis("tokens at once: of a prompt, or one of each sequence. Upwards: tokens per second");
 }

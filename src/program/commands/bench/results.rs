@@ -29,8 +29,12 @@ pub(super) struct Results {
 /// Decoding after a context.
 #[derive(Serialize)]
 pub(super) struct Decode {
+    /// Of each sequence.
     pub(super) context: usize,
+    /// Side by side.
+    pub(super) sequences: usize,
     pub(super) threads: usize,
+    /// Of all sequences together.
     pub(super) tokens_per_second: f64,
     /// The mean of the tokens decoded.
     pub(super) bytes_per_token: f64,
@@ -148,8 +152,9 @@ impl Results {
         }
         print_line!("")?;
         print_line!(
-            "decode {:>8} {:>8} {:>10} {:>10} {:>8} {:>13} {:>16}",
+            "decode {:>8} {:>10} {:>8} {:>10} {:>10} {:>8} {:>13} {:>16}",
             "context",
+            "sequences",
             "threads",
             "tokens/s",
             "MB/token",
@@ -158,12 +163,12 @@ impl Results {
             "outside kernels"
         )?;
         for decode in &self.decode {
-            let Decode { context, threads, tokens_per_second: speed, bytes_per_token, .. } = decode;
+            let Decode { context, sequences, threads, tokens_per_second: speed, bytes_per_token, .. } = decode;
             let (read, outside) = (decode.gigabytes_per_second, 100.0 * decode.outside_kernels);
             let (size, share) = (bytes_per_token / 1e6, 100.0 * 1e9 * read / self.bandwidth(*threads));
             let (speed, size, read) = (figure(*speed), figure(size), figure(read));
             print_line!(
-                "{context:>15} {threads:>8} {speed:>10} {size:>10} {read:>8} {share:>11.0} % {outside:>14.1} %"
+                "{context:>15} {sequences:>10} {threads:>8} {speed:>10} {size:>10} {read:>8} {share:>11.0} % {outside:>14.1} %"
             )?;
         }
         Ok(())
@@ -175,7 +180,7 @@ impl Results {
         }
         print_line!("")?;
         print_line!(
-            "prefill {:>7} {:>8} {:>10} {:>10} {:>39}",
+            "prefill {:>7} {:>19} {:>10} {:>10} {:>39}",
             "tokens",
             "threads",
             "tokens/s",
@@ -185,7 +190,7 @@ impl Results {
         for prefill in &self.prefill {
             let Prefill { tokens, threads, tokens_per_second, bytes_per_token, outside_kernels, .. } = prefill;
             let (speed, size) = (figure(*tokens_per_second), figure(bytes_per_token / 1e6));
-            print_line!("{tokens:>15} {threads:>8} {speed:>10} {size:>10} {:>37.1} %", 100.0 * outside_kernels)?;
+            print_line!("{tokens:>15} {threads:>19} {speed:>10} {size:>10} {:>37.1} %", 100.0 * outside_kernels)?;
         }
         Ok(())
     }
