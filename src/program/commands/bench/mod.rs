@@ -52,8 +52,8 @@ pub(crate) struct BenchArgs {
     /// How many tokens come before those that are decoded
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "0,512,4096", value_parser = from(0))]
     context: Vec<usize>,
-    /// How many sequences are decoded side by side
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1", value_parser = from(1))]
+    /// How many sequences are decoded side by side, up to 1024
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1", value_parser = between(1, 1024))]
     sequences: Vec<usize>,
     /// Numbers of threads; one for each core unless given
     #[arg(long, value_name = "N,..", value_delimiter = ',', value_parser = from(1))]
@@ -80,7 +80,11 @@ pub(crate) struct BenchArgs {
 
 /// Counts of at least `least`, and few enough to be added up.
 fn from(least: u64) -> RangedU64ValueParser<usize> {
-    RangedU64ValueParser::new().range(least..=1 << 24)
+    between(least, 1 << 24)
+}
+
+fn between(least: u64, most: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(least..=most)
 }
 
 pub(crate) fn run(args: BenchArgs) -> Result<()> {
