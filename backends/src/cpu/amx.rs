@@ -278,16 +278,23 @@ fn store(to: &mut [u8; TILE_BYTES], bytes: __m512i) {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn lines(sums: &Sums) -> [__m512i; TILE] {
-    // SAFETY: each line has 16 numbers, 64 bytes on a boundary of as many.
-    std::array::from_fn(|r| unsafe { _mm512_load_si512(sums.0[r].as_ptr().cast()) })
+    let mut lines = [_mm512_setzero_si512(); TILE];
+    for (line, sums) in lines.iter_mut().zip(&sums.0) {
+        // SAFETY: a row has 16 numbers, 64 bytes on a boundary of as many.
+        *line = unsafe { _mm512_load_si512(sums.as_ptr().cast()) };
+    }
+    lines
 }
 
 /// What two tiles of halves make.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn both(upper: &Sums, lower: &Sums) -> [__m512i; TILE] {
-    let (upper, lower) = (lines(upper), lines(lower));
-    std::array::from_fn(|r| _mm512_add_epi32(_mm512_slli_epi32::<4>(upper[r]), lower[r]))
+    let mut both = lines(upper);
+    for (sum, lower) in both.iter_mut().zip(lines(lower)) {
+        *sum = _mm512_add_epi32(_mm512_slli_epi32::<4>(*sum), lower);
+    }
+    both
 }
 
 /// Writes totals as floats, in the order of [`linear`](super::linear).
@@ -320,20 +327,26 @@ fn write(
 #[target_feature(enable = "avx512f")]
 fn transpose(x: &[__m512i; TILE]) -> [__m512i; TILE] {
     // Columns of two rows, then of four, in each 128-bit lane; then the lanes.
-    let two: [__m512i; TILE] = std::array::from_fn(|i| match i % 2 {
-        0 => _mm512_unpacklo_epi32(x[i], x[i + 1]),
-        _ => _mm512_unpackhi_epi32(x[i - 1], x[i]),
-    });
-    let four: [__m512i; TILE] = std::array::from_fn(|i| {
-        let (a, b) = (two[i / 4 * 4 + i % 4 / 2], two[i / 4 * 4 + i % 4 / 2 + 2]);
-        if i % 2 == 0 { _mm512_unpacklo_epi64(a, b) } else { _mm512_unpackhi_epi64(a, b) }
-    });
-    let eight: [[__m512i; 2]; 8] = std::array::from_fn(|i| {
-        let (a, b) = (four[i / 4 * 8 + i % 4], four[i / 4 * 8 + i % 4 + 4]);
-        [_mm512_shuffle_i32x4::<0x44>(a, b), _mm512_shuffle_i32x4::<0xEE>(a, b)]
-    });
-    std::array::from_fn(|i| {
-        let (a, b) = (eight[i % 4][i / 8], eight[4 + i % 4][i / 8]);
-        if i / 4 % 2 == 0 { _mm512_shuffle_i32x4::<0x88>(a, b) } else { _mm512_shuffle_i32x4::<0xDD>(a, b) }
-    })
+    let (mut two, mut four, mut eight, mut all) = (*x, *x, *x, *x);
+    for i in (0..TILE).step_by(2) {
+        two[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        two[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for i in (0..TILE).step_by(2) {
+        let at = i / 4 * 4 + i % 4 / 2;
+        four[i] = _mm512_unpacklo_epi64(two[at], two[at + 2]);
+        four[i + 1] = _mm512_unpackhi_epi64(two[at], two[at + 2]);
+    }
+    for i in 0..TILE / 2 {
+        let at = i / 4 * 8 + i % 4;
+        eight[i] = _mm512_shuffle_i32x4::<0x44>(four[at], four[at + 4]);
+        eight[TILE / 2 + i] = _mm512_shuffle_i32x4::<0xEE>(four[at], four[at + 4]);
+    }
+    for i in 0..TILE / 4 {
+        for half in [0, TILE / 2] {
+            all[half + i] = _mm512_shuffle_i32x4::<0x88>(eight[half + i], eight[half + 4 + i]);
+            all[half + 4 + i] = _mm512_shuffle_i32x4::<0xDD>(eight[half + i], eight[half + 4 + i]);
+        }
+    }
+    all
 }

@@ -44,7 +44,8 @@ impl Tables {
         // SAFETY: the arrays have 64 bytes.
         let [first, second, third] = DIGITS.each_ref().map(|t| unsafe { _mm512_loadu_si512(t.as_ptr().cast()) });
         // Below 16, the first lane's bytes are enough, in every lane.
-        let lower = [second, third].map(|table| _mm512_broadcast_i32x4(_mm512_castsi512_si128(table)));
+        let first_lane = [_mm512_castsi512_si128(second), _mm512_castsi512_si128(third)];
+        let lower = [_mm512_broadcast_i32x4(first_lane[0]), _mm512_broadcast_i32x4(first_lane[1])];
         Self { upper: [first, second, third], lower }
     }
 
@@ -58,9 +59,15 @@ impl Tables {
         // even | odd & 0xff00
         let upper = _mm512_ternarylogic_epi32::<0xf8>(even, odd, _mm512_set1_epi16(0xff00_u16 as i16));
         let lower = _mm512_sub_epi8(_mm512_sub_epi8(bytes, _mm512_slli_epi16::<3>(upper)), upper);
-        let [first, second, third] = self.upper.map(|table| _mm512_permutexvar_epi8(upper, table));
-        let [fourth, fifth] = self.lower.map(|table| _mm512_shuffle_epi8(table, lower));
-        [first, second, third, fourth, fifth]
+        let [first, second, third] = self.upper;
+        let [fourth, fifth] = self.lower;
+        [
+            _mm512_permutexvar_epi8(upper, first),
+            _mm512_permutexvar_epi8(upper, second),
+            _mm512_permutexvar_epi8(upper, third),
+            _mm512_shuffle_epi8(fourth, lower),
+            _mm512_shuffle_epi8(fifth, lower),
+        ]
     }
 }
 

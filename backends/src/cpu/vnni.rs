@@ -137,7 +137,10 @@ macro_rules! vnni_kernels {
                     for line in R * BYTES * k / 256..R * BYTES * (k + 1) / 256 {
                         prefetch(codes[0].wrapping_add(R * BYTES * g + 64 * line + AHEAD));
                     }
-                    let quarters = words.map(|words| quarter(words, k));
+                    let mut quarters = words;
+                    for quarters in &mut quarters {
+                        *quarters = quarter(*quarters, k);
+                    }
                     for t in 0..T {
                         let at = QUAD * (WIDTH * g / QUAD_BLOCKS) + 16 * (WIDTH * g % QUAD_BLOCKS) + 64 * k;
                         // SAFETY: the activations are padded to whole quads, which hold whole groups.

@@ -70,8 +70,8 @@ fn block_sums<const G: usize>(block: usize, codes: [&[[u8; LOOKUP_ROWS]]; G], ta
         for (four, tables) in tables.as_chunks::<8>().0.iter().enumerate() {
             let mut high = [zero; G];
             for (j, [first, second]) in tables.as_chunks::<2>().0.iter().enumerate() {
-                let [first_low, second_low] = [&first.low, &second.low].map(|table| broadcast(table));
-                let [first_high, second_high] = [&first.high, &second.high].map(|table| broadcast(table));
+                let (first_low, second_low) = (broadcast(&first.low), broadcast(&second.low));
+                let (first_high, second_high) = (broadcast(&first.high), broadcast(&second.high));
                 for g in 0..G {
                     let codes = load(&codes[g][T2_BLOCK_BYTES * block + 8 * eight + 4 * four + j]);
                     let mask = _mm256_set1_epi8(15);

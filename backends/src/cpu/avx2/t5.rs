@@ -36,13 +36,14 @@ pub(in crate::cpu) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn quarters(bytes: &[u8; BLOCK], fraction: u16) -> [__m256i; 4] {
-    [0, 16, 32, 48].map(|at| {
-        let run = &bytes[at..at + RUN];
-        // SAFETY: the slice has 16 bytes.
+    let mut quarters = [_mm256_setzero_si256(); 4];
+    for (quarter, run) in quarters.iter_mut().zip(bytes.as_chunks::<RUN>().0) {
+        // SAFETY: the array has 16 bytes.
         let bytes = _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(run.as_ptr().cast()) });
         let leading = _mm256_mullo_epi16(bytes, _mm256_set1_epi16(fraction as i16));
-        _mm256_mulhi_epu16(leading, _mm256_set1_epi16(3))
-    })
+        *quarter = _mm256_mulhi_epu16(leading, _mm256_set1_epi16(3));
+    }
+    quarters
 }
 
 /// The codes of at most `left` weights from a byte and digit on, where a digit or the row ends in between; then 1.

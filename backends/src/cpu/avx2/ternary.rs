@@ -141,7 +141,10 @@ unsafe fn row_tile<const R: usize, const SCALED: bool>(rows: &T2Rows<'_>, first:
             sums[r] = _mm256_add_epi32(sums[r], _mm256_add_epi32(low, high));
         }
     }
-    add_lanes(sums.map(|sum| _mm256_srai_epi32::<2>(sum)))
+    for sum in &mut sums {
+        *sum = _mm256_srai_epi32::<2>(*sum);
+    }
+    add_lanes(sums)
 }
 
 /// The sums of a chunk of `R` rows. With scales, `low` holds four times the 32-bit sums; without, 16-bit sums of the codes at
@@ -232,8 +235,8 @@ unsafe fn token_tile<const T: usize, const SCALED: bool>(
                 // SAFETY: a row has `whole` quads, a token as many.
                 unsafe {
                     let words = _mm256_loadu_si256(codes.add(64 * q + 32 * half).cast());
-                    let at = activations.map(|from| from.add(QUAD * q + 32 * half));
-                    add_words::<T, SCALED>(&mut part, words, at, spread, 2 * (q - start) + half);
+                    let at = QUAD * q + 32 * half;
+                    add_words::<T, SCALED>(&mut part, words, activations, at, spread, 2 * (q - start) + half);
                 }
             }
         }
@@ -242,8 +245,8 @@ unsafe fn token_tile<const T: usize, const SCALED: bool>(
                 // SAFETY: so many blocks of a row are left, and the activations are padded to whole quads.
                 unsafe {
                     let words = load_rest(codes.add(64 * end + 32 * half), rows.blocks, half);
-                    let at = activations.map(|from| from.add(QUAD * end + 32 * half));
-                    add_words::<T, SCALED>(&mut part, words, at, spread, 2 * (end - start) + half);
+                    let at = QUAD * end + 32 * half;
+                    add_words::<T, SCALED>(&mut part, words, activations, at, spread, 2 * (end - start) + half);
                 }
             }
         }
@@ -286,13 +289,14 @@ unsafe fn scaled_surplus(scales: *const u8, block_sums: &[i16]) -> __m256i {
 /// Adds two blocks to 32-bit sums, times their scales, or to 16-bit sums.
 ///
 /// # Safety
-/// The activations of two blocks of a quad must lie at all of `from`.
+/// The activations of two blocks of a quad must lie `at` bytes after each of `from`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn add_words<const T: usize, const SCALED: bool>(
     sums: &mut [__m256i; T],
     words: __m256i,
     from: [*const i8; T],
+    at: usize,
     spread: __m256i,
     i: usize,
 ) {
@@ -302,7 +306,7 @@ unsafe fn add_words<const T: usize, const SCALED: bool>(
         let codes = _mm256_and_si256(shifted, _mm256_set1_epi8(3));
         for t in 0..T {
             // SAFETY: the caller's promise; quads start at multiples of 64.
-            let activations = unsafe { _mm256_load_si256(from[t].add(64 * k).cast()) };
+            let activations = unsafe { _mm256_load_si256(from[t].add(at + 64 * k).cast()) };
             all[t] = _mm256_add_epi16(all[t], _mm256_maddubs_epi16(codes, activations));
         }
     }
@@ -319,8 +323,12 @@ unsafe fn add_words<const T: usize, const SCALED: bool>(
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn quarters(from: *const i8) -> [__m256i; 4] {
-    // SAFETY: the caller's promise; quads start at multiples of 64.
-    [0, 64, 128, 192].map(|k| unsafe { _mm256_load_si256(from.add(k).cast()) })
+    let mut quarters = [_mm256_setzero_si256(); 4];
+    for (k, quarter) in quarters.iter_mut().enumerate() {
+        // SAFETY: the caller's promise; quads start at multiples of 64.
+        *quarter = unsafe { _mm256_load_si256(from.add(64 * k).cast()) };
+    }
+    quarters
 }
 
 /// Half of the last quad of a row of so many blocks, no multiple of 4: two blocks, or one and zeros.
@@ -354,13 +362,16 @@ fn pick(i: usize) -> __m256i {
 fn add_lanes<const N: usize>(x: [__m256i; N]) -> [i32; N] {
     let mut totals = [0; N];
     for at in (0..N).step_by(4) {
-        let x: [__m256i; 4] = std::array::from_fn(|i| if at + i < N { x[at + i] } else { _mm256_setzero_si256() });
-        let low = _mm256_add_epi32(_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1]));
-        let high = _mm256_add_epi32(_mm256_unpacklo_epi32(x[2], x[3]), _mm256_unpackhi_epi32(x[2], x[3]));
+        let some = (N - at).min(4);
+        let mut four = [_mm256_setzero_si256(); 4];
+        four[..some].copy_from_slice(&x[at..at + some]);
+        let [a, b, c, d] = four;
+        let low = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        let high = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
         let all = _mm256_add_epi32(_mm256_unpacklo_epi64(low, high), _mm256_unpackhi_epi64(low, high));
         let all = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256::<1>(all));
         let four: [i32; 4] = bytemuck::cast(all);
-        totals[at..N.min(at + 4)].copy_from_slice(&four[..(N - at).min(4)]);
+        totals[at..at + some].copy_from_slice(&four[..some]);
     }
     totals
 }
