@@ -1,7 +1,7 @@
 //! Ternary products over rows and tokens.
 //!
-//! A product is cut by rows among the threads. A thread takes [`ROW_TILE`] rows at a time, which fit its cache, brings them
-//! into the one form the kernels know (t2 codes, a scale a block), and passes them by [`TOKEN_TILE`] tokens at a time, whose
+//! A product is cut by rows among the threads. A thread takes 64 rows at a time, which fit its cache, brings them
+//! into the one form the kernels know (t2 codes, a scale a block), and passes them by 8 tokens at a time, whose
 //! activations stay in the first cache level. So a row is read from memory once, whatever the batch. A token alone may be
 //! multiplied with t5 as it lies (`t5.rs`), and many tokens by matrix units (`tiles.rs`).
 //!
@@ -35,10 +35,10 @@ use super::{
 use crate::format::{BLOCK, CodeFormat, FormatError};
 
 /// Tokens that pass a row together.
-pub const TOKEN_TILE: usize = 8;
+pub(super) const TOKEN_TILE: usize = 8;
 
 /// Rows that are kept at hand while the tokens pass.
-pub const ROW_TILE: usize = 64;
+pub(super) const ROW_TILE: usize = 64;
 
 /// Some rows of a plane as the kernels take them.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +55,13 @@ pub(super) struct T2Rows<'a> {
 }
 
 impl<'a> T2Rows<'a> {
+    /// The rows from number `row` on.
+    #[cfg(target_arch = "aarch64")]
+    pub(super) fn from(&self, row: usize) -> Self {
+        let scales = self.scales.map(|scales| &scales[row * self.scale_stride..]);
+        Self { codes: &self.codes[row * 4 * self.blocks..], scales, ..*self }
+    }
+
     /// The words of a row.
     pub(super) fn row(&self, row: usize) -> &'a [u32] {
         &self.codes[row * 4 * self.blocks..(row + 1) * 4 * self.blocks]

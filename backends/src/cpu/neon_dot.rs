@@ -104,7 +104,7 @@ fn tile<const R: usize, const T: usize, const SCALED: bool>(
 /// The activations of a block, in the order of its codes.
 #[inline]
 #[target_feature(enable = "neon")]
-fn load_block(quad: &Quad, place: usize) -> [int8x16_t; 4] {
+pub(super) fn load_block(quad: &Quad, place: usize) -> [int8x16_t; 4] {
     [0, 64, 128, 192].map(|k| {
         let activations = &quad.0[k + 16 * place..][..16];
         // SAFETY: the slice has 16 bytes.
