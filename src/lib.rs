@@ -21,6 +21,19 @@
 //!
 //! Without any, everything works on any Burn backend by Burn's own operations, once it has an empty
 //! [`TernaryBackend`](backends::TernaryBackend) implementation.
+//!
+//! ```
+//! use ternoss::model::{Checkpoint, GptOss, LoadOptions};
+//! type B = burn_flex::Flex;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("examples/tiny-gpt-oss".as_ref())?;
+//! let model = GptOss::<B>::load(&checkpoint, LoadOptions::default(), &Default::default())?;
+//! let ternary = model.to_ternary(&Default::default())?;
+//! let logits = ternary.forward(ternary.tokens(&[1, 2, 3])?, &mut ternary.new_cache());
+//! assert_eq!(logits.dims(), [3, ternary.config().vocab_size]);
+//! # Ok(()) }
+//! ```
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 #[cfg(feature = "cli")]

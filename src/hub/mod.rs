@@ -8,6 +8,18 @@
 //!
 //! Wholeness: in the cache, the reference from the revision's name to the commit is written last; in a folder of one's
 //! own everything is collected in [`STAGING`] first and moved into place at the end, config.json last.
+//!
+//! ```
+//! use ternoss::hub::{Hub, ModelId};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let id: ModelId = "openai/gpt-oss-20b".parse()?;
+//! match Hub::from_env().cached(&id) {
+//!     Some(folder) => println!("{id} is in {}", folder.display()),
+//!     None => println!("{id} is not on this machine: `find` asks the hub for it"),
+//! }
+//! # Ok(()) }
+//! ```
 
 mod download;
 mod error;

@@ -1,4 +1,20 @@
 //! Attention with sinks: over a cache in memory, and its softmax alone with the gradient.
+//!
+//! ```
+//! use ternoss_backends::{AttentionSpec, KvFormat, cpu::{HeadCaches, Kernels, attention::cached_attention}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // One head of two dimensions that has seen two tokens, with keys that suit the query alike.
+//! let mut cache = HeadCaches::new(1, 2, KvFormat::F32);
+//! cache.push(&[1.0, 0.0], &[4.0, 0.0]);
+//! cache.push(&[1.0, 9.0], &[0.0, 8.0]);
+//! // A sink of such a score as well takes a third of the attention, and adds nothing.
+//! let (query, sink, mut out) = ([3.0, 0.0], [3.0], [0.0; 2]);
+//! let spec = AttentionSpec { scale: 1.0, window: None };
+//! cached_attention(Kernels::detect(), &query, &cache, &sink, spec, &mut out)?;
+//! assert!((out[0] - 4.0 / 3.0).abs() < 1e-6 && (out[1] - 8.0 / 3.0).abs() < 1e-6);
+//! # Ok(()) }
+//! ```
 
 use std::ops::Range;
 

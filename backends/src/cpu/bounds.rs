@@ -1,4 +1,19 @@
 //! Upper bounds of products with a stored matrix, from its [compact copy](super::screen).
+//!
+//! ```
+//! use ternoss_backends::{StoredFloat, cpu::{Kernels, bounds::bounds, screen::{DEVIATIONS, Screen}, stored::StoredRows}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Two rows of 64 numbers, +1 and -1.
+//! let words: Vec<u32> = [1.0f32, -1.0].iter().flat_map(|x| [x.to_bits(); 64]).collect();
+//! let kernels = Kernels::detect();
+//! let screen = Screen::new(kernels, &StoredRows::new(&words, 2, 64, StoredFloat::F32)?, &mut || {});
+//! let (token, mut most) = ([0.5; 64], [0.0; 2]);
+//! bounds(kernels, &screen, &token, 1, DEVIATIONS, &mut most)?;
+//! // The products are 32 and -32: the second row cannot be the larger one, and need not be read.
+//! assert!(most[0] >= 32.0 && most[1] >= -32.0 && most[1] < 32.0);
+//! # Ok(()) }
+//! ```
 
 use super::{
     Kernels,

@@ -1,5 +1,35 @@
 //! The routed feed-forward block: choices are gathered by expert, so that each weight row is read once for all tokens that
 //! chose it, and the products of several experts share the threads.
+//!
+//! ```
+//! use ternoss_backends::{
+//!     ClampedSwiGlu, CodeFormat, TernaryLayout,
+//!     cpu::{Kernels, TernaryMatrices, experts::{Experts, ternary_experts}},
+//! };
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Two experts of one hidden and one intermediate dimension; trits of zero leave the biases.
+//! let gate_up = TernaryLayout { format: CodeFormat::T2, matrices: 2, planes: 1, rows: 2, in_features: 1, group_size: None, rotation: None };
+//! let down = TernaryLayout { rows: 1, ..gate_up };
+//! let zeros = |layout: TernaryLayout| {
+//!     let mut codes = vec![0; layout.matrices * layout.rows * layout.words_per_row()];
+//!     codes.chunks_mut(layout.words_per_row()).for_each(|row| layout.format.pack_row(&[0], row));
+//!     codes
+//! };
+//! let (upper, lower, scales) = (zeros(gate_up), zeros(down), [1.0; 4]);
+//! let experts = Experts::new(
+//!     TernaryMatrices::new(gate_up, &upper, &scales, None)?,
+//!     &[0.0; 4],
+//!     TernaryMatrices::new(down, &lower, &scales[..2], None)?,
+//!     &[10.0, 20.0],
+//!     ClampedSwiGlu { alpha: 1.702, limit: 7.0 },
+//! )?;
+//! // A token that goes to both, three quarters to the second.
+//! let mut out = [0.0];
+//! ternary_experts(Kernels::detect(), &experts, &[1.0], &[0, 1], &[0.25, 0.75], &mut out)?;
+//! assert_eq!(out, [17.5]);
+//! # Ok(()) }
+//! ```
 
 use super::{
     Kernels, TernaryMatrices,

@@ -34,6 +34,17 @@
 //!
 //! A row's codes are blocks of 64 weights in 32 bytes, padded with zeros: byte `j` holds weight `j` in its low and weight
 //! `32 + j` in its high half.
+//!
+//! ```
+//! use ternoss_backends::{StoredFloat, cpu::{Kernels, screen::Screen, stored::StoredRows}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let words = vec![0x3f80_3f80; 1000 * 1440];
+//! let matrix = StoredRows::new(&words, 1000, 2880, StoredFloat::Bf16)?;
+//! // A quarter of the matrix, and two floats a row.
+//! assert_eq!(Screen::new(Kernels::detect(), &matrix, &mut || {}).bytes(), 1000 * (2880 / 2 + 8));
+//! # Ok(()) }
+//! ```
 
 use rayon::prelude::*;
 

@@ -8,6 +8,18 @@
 //! ```
 //!
 //! So a register of one, two or four blocks finds the activations of a quarter of its weights in one place.
+//!
+//! ```
+//! use ternoss_backends::cpu::{Kernels, tokens::{Tokens, round_tokens}};
+//!
+//! let (kernels, mut x) = (Kernels::detect(), [1.0, -0.013, 0.3, 254.0, 3.0, -127.0]);
+//! let tokens = Tokens::quantize(kernels, &x, 3, None);
+//! assert_eq!((tokens.len(), tokens.in_features()), (2, 3));
+//! // What the ternary kernels see of them: multiples of 1/127 and of 2, halves to even.
+//! round_tokens(kernels, &mut x, 3, None);
+//! assert_eq!(x[3..], [254.0, 4.0, -128.0]);
+//! assert!((x[1] + 2.0 / 127.0).abs() < 1e-6);
+//! ```
 
 use rayon::prelude::*;
 

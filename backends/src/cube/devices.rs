@@ -1,5 +1,13 @@
 //! The GPUs of this machine, as their drivers describe them. Ask before anything is computed: where there is no device,
 //! CubeCL panics.
+//!
+//! ```
+//! # #[cfg(feature = "wgpu")]
+//! match ternoss_backends::cube::devices::wgpu_devices() {
+//!     Ok(gpus) => gpus.iter().for_each(|gpu| println!("{} by {}, {}", gpu.name, gpu.api, gpu.driver)),
+//!     Err(reason) => println!("none: {reason}"),
+//! }
+//! ```
 #![allow(unsafe_code)]
 
 /// A GPU, or a program that stands for one.

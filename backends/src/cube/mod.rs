@@ -2,6 +2,20 @@
 //!
 //! They are written for Burn's [`CubeBackend`] without fusion, for which `Wgpu` and `Cuda` stand here whatever features
 //! an app has switched on in Burn itself.
+//!
+//! ```
+//! # #[cfg(feature = "wgpu")]
+//! # {
+//! use burn::tensor::Tensor;
+//! use ternoss_backends::{cube::{Wgpu, devices::wgpu_devices}, rms_norm};
+//!
+//! if let Some(gpu) = wgpu_devices().ok().and_then(|gpus| gpus.into_iter().next()) {
+//!     let x = Tensor::<Wgpu, 2>::from_data([[3.0, 4.0, 0.0, 0.0]], &gpu.device);
+//!     let normed = rms_norm(x, Tensor::ones([4], &gpu.device), 0.0);
+//!     normed.into_data().assert_approx_eq::<f32>(&[[1.2, 1.6, 0.0, 0.0]].into(), Default::default());
+//! }
+//! # }
+//! ```
 
 mod attention;
 mod attention_tiles;
