@@ -236,6 +236,8 @@ fn measurements_that_make_no_sense_are_refused() {
         ["--threads", "0"],
         ["--threads", "1,,2"],
         ["--runs", "0"],
+        ["--sequences", "0"],
+        ["--sequences", "1025"],
     ] {
         let output = ternoss(&["bench", "--model", utf8(&model), &format!("{option}={value}")]);
         let stderr = String::from_utf8(output.stderr).unwrap();

@@ -74,6 +74,11 @@ impl<B: Backend> KvCache<B> {
         self.layers.iter_mut().for_each(|layer| layer.truncate(position));
     }
 
+    /// How many layers it is for.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
     pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut LayerCache<B> {
         &mut self.layers[layer]
     }

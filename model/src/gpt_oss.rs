@@ -100,11 +100,17 @@ impl<B: Backend> GptOss<B> {
 
 impl<B: TernaryBackend> GptOss<B> {
     /// Logits of every token: `[tokens]` to `[tokens, vocabulary]`. At least one token.
+    ///
+    /// # Panics
+    /// If the cache is not one of this model's layers.
     pub fn forward(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Tensor<B, 2> {
         self.lm_head.logits(self.hidden(tokens, cache))
     }
 
     /// What the output layer sees: `[tokens]` to `[tokens, hidden]`, normed.
+    ///
+    /// # Panics
+    /// If the cache is not one of this model's layers.
     pub fn hidden(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Tensor<B, 2> {
         self.hidden_batch(tokens, &mut [cache])
     }
@@ -113,7 +119,7 @@ impl<B: TernaryBackend> GptOss<B> {
     /// `[tokens, hidden]`, normed. The weights are read once for all of them.
     ///
     /// # Panics
-    /// If there are no sequences, or they do not share the tokens evenly.
+    /// If there are no sequences, they do not share the tokens evenly, or a cache is not one of this model's layers.
     pub fn hidden_batch(&self, tokens: Tensor<B, 1, Int>, caches: &mut [&mut KvCache<B>]) -> Tensor<B, 2> {
         let x = self.through_layers(tokens, caches, |_, _| {});
         apply_norm(&self.norm, x)
@@ -138,6 +144,8 @@ impl<B: TernaryBackend> GptOss<B> {
     ) -> Tensor<B, 2> {
         let (count, sequences) = (tokens.dims()[0], caches.len());
         assert!(sequences > 0 && count.is_multiple_of(sequences), "{count} tokens of {sequences} sequences");
+        let all = self.layers.len();
+        assert!(caches.iter().all(|cache| cache.layers() == all), "a cache of {all} layers, as the model has");
         let new = count / sequences;
         let positions: Vec<_> = caches.iter().flat_map(|cache| cache.position()..cache.position() + new).collect();
         let mut x = self.embed_tokens.embed(tokens);

@@ -186,7 +186,7 @@ impl Sampler {
     }
 
     /// How many of the largest logits decide a choice, if they do.
-    pub fn decided_by(&self) -> Option<usize> {
+    pub(crate) fn decided_by(&self) -> Option<usize> {
         match self.need() {
             Need::Largest(k) if self.config.repetition_penalty == 1.0 => Some(k),
             _ => None,
@@ -197,13 +197,13 @@ impl Sampler {
     ///
     /// # Errors
     /// Those of [`sample`](Self::sample).
-    pub fn sample_largest(&mut self, mut largest: Vec<(u32, f32)>) -> Result<u32, SamplingError> {
+    pub(crate) fn sample_largest(&mut self, mut largest: Vec<(u32, f32)>) -> Result<u32, SamplingError> {
         largest.sort_unstable_by_key(|(token, _)| *token);
         self.choose(largest)
     }
 
     /// Whether a choice can do without most logits.
-    pub fn can_screen(&self) -> bool {
+    pub(crate) fn can_screen(&self) -> bool {
         self.need() != Need::All
     }
 

@@ -48,7 +48,7 @@ pub enum TokenizerError {
 }
 
 /// File name in a model folder.
-pub const TOKENIZER_FILE: &str = "tokenizer.json";
+const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// A model's tokenizer.
 #[derive(Clone, Debug)]

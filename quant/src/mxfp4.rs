@@ -34,7 +34,7 @@ pub struct BlockMismatch {
 }
 
 /// `2^(scale - 127)`, exact down to the subnormal 2^-127; 255 gives infinity as in the reference implementation.
-pub fn scale_value(scale: u8) -> f32 {
+fn scale_value(scale: u8) -> f32 {
     match scale {
         0 => f32::from_bits(0x0040_0000),
         _ => f32::from_bits(u32::from(scale) << 23),

@@ -43,9 +43,9 @@ use crate::config::GptOssConfig;
 /// Name of the configuration, which makes a folder a model.
 pub const CONFIG_FILE: &str = "config.json";
 /// Name of the list of shards.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Name of the weights when there is one file.
-pub const WEIGHTS_FILE: &str = "model.safetensors";
+const WEIGHTS_FILE: &str = "model.safetensors";
 
 /// An open model folder: its configuration and its mapped tensors. Clones share it.
 #[derive(Clone, Debug)]

@@ -76,7 +76,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`floats`](Self::floats).
-    pub fn stored_matrix<B: Backend>(
+    pub(crate) fn stored_matrix<B: Backend>(
         &self,
         name: &str,
         [rows, columns]: [usize; 2],
