@@ -12,7 +12,7 @@ use support::example;
 use ternoss::{
     backends::TernaryBackend,
     model::{
-        Checkpoint, GenerateError, GptOss, LoadOptions, StopRules,
+        Checkpoint, GenerateError, GptOss, KvCache, LoadOptions, StopRules,
         batch::Text,
         sampling::{Sampler, SamplingConfig},
         table::Screening,
@@ -167,4 +167,13 @@ fn what_cannot_be_gone_on_with_is_refused() {
     assert!(matches!(empty, GenerateError::EmptyPrompt), "{empty}");
     let unknown = model.generate_batch(vec![text(&[1]), text(&[1, 99_999])]).unwrap_err();
     assert!(unknown.to_string().starts_with("token 99999 at position 1"), "{unknown}");
+}
+
+#[test]
+#[should_panic(expected = "a cache of 4 layers, as the model has")]
+fn a_cache_of_fewer_layers_is_refused() {
+    let model = model::<Flex>();
+    let mut config = model.config().clone();
+    config.layer_types.truncate(2);
+    model.hidden(model.tokens(&[1]).unwrap(), &mut KvCache::new(&config));
 }
