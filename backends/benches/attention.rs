@@ -55,7 +55,7 @@ fn attention(c: &mut Criterion) {
             group.bench_function(format!("{format}/{isa}"), |bench| {
                 bench.iter(|| {
                     let cache = turn.next().expect("a cycle has no end");
-                    cached_attention(kernels, black_box(&q), cache, &sinks, spec, black_box(&mut out))
+                    cached_attention(kernels, black_box(&q), &[cache], &sinks, spec, black_box(&mut out))
                 });
             });
         }

@@ -189,7 +189,7 @@ pub(crate) fn cached_attention<B: HostBackend>(
     [cos, sin]: [Tensor<B, 2>; 2],
     sinks: Tensor<B, 1>,
     scale: f32,
-    cache: &mut LayerCache<B>,
+    caches: &mut [&mut LayerCache<B>],
 ) -> Tensor<B, 2> {
     let (shape @ [tokens, _], device, head_dim) = (q.dims(), q.device(), 2 * cos.dims()[1]);
     let kv_heads = k.dims()[1] / head_dim;
@@ -199,13 +199,17 @@ pub(crate) fn cached_attention<B: HostBackend>(
     let tables = tables.each_ref().map(|table| &**table);
     attention::rotate(&mut q, head_dim, tables, tokens);
     attention::rotate(&mut k, head_dim, tables, tokens);
-    let spec = AttentionSpec { scale, window: cache.window() };
-    let mut heads = cache.take_heads(kv_heads, head_dim);
-    let width = kv_heads * head_dim;
-    k.chunks_exact(width).zip(B::floats(&v).chunks_exact(width)).for_each(|(key, value)| heads.push(key, value));
+    let spec = AttentionSpec { scale, window: caches[0].window() };
+    let mut all: Vec<_> = caches.iter_mut().map(|cache| cache.take_heads(kv_heads, head_dim)).collect();
+    let (width, new) = (kv_heads * head_dim, tokens / all.len());
+    let v = B::floats(&v);
+    for (token, entry) in k.chunks_exact(width).zip(v.chunks_exact(width)).enumerate() {
+        all[token / new].push(entry.0, entry.1);
+    }
     let mut out = vec![0.0; shape[0] * shape[1]];
+    let heads: Vec<_> = all.iter().collect();
     let result = attention::cached_attention(Kernels::detect(), &q, &heads, &B::floats(&sinks), spec, &mut out);
-    cache.put_heads(heads);
+    caches.iter_mut().zip(all).for_each(|(cache, heads)| cache.put_heads(heads));
     finish(result, out, shape, &device)
 }
 

@@ -40,6 +40,7 @@ compile_error!("packed weights are little-endian words and are used in place: bi
 
 #[cfg(feature = "autodiff")]
 mod autodiff;
+mod bandwidth;
 pub mod cpu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod cube;
@@ -56,6 +57,7 @@ pub mod reference;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod register;
 
+pub use bandwidth::read_bandwidth;
 pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 pub use mapped::{MappedError, MappedFile};
 pub use ops::{

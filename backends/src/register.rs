@@ -62,7 +62,7 @@ macro_rules! host_backend {
                     rope: [Tensor<Self, 2>; 2],
                     sinks: Tensor<Self, 1>,
                     scale: f32,
-                    cache: &mut LayerCache<Self>,
+                    caches: &mut [&mut LayerCache<Self>],
                 ) -> Tensor<Self, 2>;
                 fn ternary_experts(
                     x: Tensor<Self, 2>,

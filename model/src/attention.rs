@@ -75,7 +75,7 @@ impl<B: TernaryBackend> Attention<B> {
         self.attend(Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], x), rope, &mut [cache])
     }
 
-    /// Queries, keys and values of the tokens to the values mixed, each sequence by itself.
+    /// Queries, keys and values of the tokens to the values mixed.
     fn attend(
         &self,
         qkv: [Tensor<B, 2>; 3],
@@ -83,18 +83,7 @@ impl<B: TernaryBackend> Attention<B> {
         caches: &mut [&mut LayerCache<B>],
     ) -> Tensor<B, 2> {
         let scale = (self.head_dim as f32).sqrt().recip();
-        let tables = [rope.cos.clone(), rope.sin.clone()];
-        if let [cache] = caches {
-            return cached_attention(qkv, tables, self.sinks.val(), scale, cache);
-        }
-        let tokens = qkv[0].dims()[0] / caches.len();
-        let mixed = caches.iter_mut().enumerate().map(|(sequence, cache)| {
-            let rows = sequence * tokens..(sequence + 1) * tokens;
-            let of_sequence = |all: &Tensor<B, 2>| all.clone().slice_dim(0, rows.clone());
-            let (qkv, tables) = (qkv.each_ref().map(of_sequence), tables.each_ref().map(of_sequence));
-            cached_attention(qkv, tables, self.sinks.val(), scale, cache)
-        });
-        Tensor::cat(mixed.collect(), 0)
+        cached_attention(qkv, [rope.cos.clone(), rope.sin.clone()], self.sinks.val(), scale, caches)
     }
 }
 

@@ -3,7 +3,6 @@
 //! It is a part of the library, and `main.rs` three lines: so a test that runs a model on a backend finds the model compiled
 //! for that backend here, and need not do it again. The library's own tests are built without it, but for what they test.
 
-mod bandwidth;
 mod byte_size;
 
 #[cfg(not(test))]

@@ -44,18 +44,57 @@ impl Case {
         cache: &mut LayerCache<B>,
         plain: bool,
     ) -> Vec<f32> {
+        self.steps(&[range], &mut [cache], plain)
+    }
+
+    /// The same side by side: as many tokens of each range, each after what its cache holds.
+    fn steps<B: TernaryBackend>(
+        &self,
+        ranges: &[Range<usize>],
+        caches: &mut [&mut LayerCache<B>],
+        plain: bool,
+    ) -> Vec<f32> {
         let [heads, kv_heads, _, size] = self.sizes;
+        let tokens = ranges.iter().map(Range::len).sum();
         let rows = |values: &[f32], width: usize| {
-            matrix::<B>(&values[range.start * width..range.end * width], [range.len(), width])
+            let parts = ranges.iter().map(|range| &values[range.start * width..range.end * width]);
+            matrix::<B>(&parts.collect::<Vec<_>>().concat(), [tokens, width])
         };
         let qkv = [rows(&self.q, heads * size), rows(&self.k, kv_heads * size), rows(&self.v, kv_heads * size)];
         let table = |f: fn(f32) -> f32| rows(&self.angles.iter().map(|x| f(*x)).collect::<Vec<_>>(), size / 2);
         let rope = [table(f32::cos), table(f32::sin)];
         let sinks = matrix::<B>(&self.sinks, [1, heads]).reshape([heads]);
         values(match plain {
-            true => reference::cached_attention(qkv, rope, sinks, SCALE, cache),
-            false => cached_attention(qkv, rope, sinks, SCALE, cache),
+            true => reference::cached_attention(qkv, rope, sinks, SCALE, caches),
+            false => cached_attention(qkv, rope, sinks, SCALE, caches),
         })
+    }
+
+    /// Three sequences of these tokens, at different positions, side by side: `new` tokens of each at a time. One leaves for a
+    /// step, and one is copied, and the copy goes its own way. `check` gets what comes out, and what would of each alone.
+    pub(crate) fn side_by_side<B: TernaryBackend>(&self, new: usize, plain: bool, check: impl Fn(&[f32], &[f32])) {
+        let tokens = self.sizes[2];
+        let all = self.run::<Flex>(tokens, self.cache(), plain);
+        let width = all.len() / tokens;
+        let mut next = [0, tokens / 4, tokens / 2].map(|start| start.min(tokens - 4 * new));
+        let mut caches = next.map(|start| {
+            let mut cache = self.cache::<B>();
+            if start > 0 {
+                self.step(0..start, &mut cache, plain);
+            }
+            cache
+        });
+        for round in [[0, 1, 2].as_slice(), &[0, 1, 2], &[2, 0], &[0, 1, 2]] {
+            let mut free = caches.each_mut().map(Some);
+            let mut caches: Vec<_> = round.iter().filter_map(|sequence| free[*sequence].take()).collect();
+            let ranges: Vec<_> = round.iter().map(|sequence| next[*sequence]..next[*sequence] + new).collect();
+            let found = self.steps(&ranges, &mut caches, plain);
+            let expected: Vec<_> = ranges.iter().map(|range| &all[range.start * width..range.end * width]).collect();
+            check(&found, &expected.concat());
+            round.iter().for_each(|sequence| next[*sequence] += new);
+            // What this one writes is not what the sequence it is a copy of will.
+            self.step(tokens - new..tokens, &mut caches[0].clone(), plain);
+        }
     }
 
     pub(crate) fn cache<B: TernaryBackend>(&self) -> LayerCache<B> {
@@ -95,6 +134,16 @@ proptest! {
     }
 
     #[test]
+    fn sequences_side_by_side_are_those_of_each_alone(case in any_case(), new in 1..=20usize) {
+        let new = new.min(case.sizes[2] / 4);
+        if case.sizes[2] >= 4 {
+            case.side_by_side::<Flex>(new, false, |found, expected| assert_same(found, expected, "flex"));
+            case.side_by_side::<NdArray>(new, false, |found, expected| assert_same(found, expected, "ndarray"));
+            case.side_by_side::<Flex>(new, true, |found, expected| assert_close(found, expected, 1e-5, "plain Burn"));
+        }
+    }
+
+    #[test]
     fn entries_taken_back_leave_no_trace(case in any_case(), keep in 0..70usize, plain in any::<bool>()) {
         let tokens = case.sizes[2];
         let keep = keep.min(tokens - 1);
@@ -121,7 +170,7 @@ proptest! {
             let spec = AttentionSpec { scale: SCALE / 8.0, window: case.window };
             let outs: Vec<Vec<f32>> = all_kernels().map(|kernels| {
                 let mut out = vec![0.0; tokens * heads * size];
-                attention::cached_attention(kernels, &case.q, &cache, &case.sinks, spec, &mut out).unwrap();
+                attention::cached_attention(kernels, &case.q, &[&cache], &case.sinks, spec, &mut out).unwrap();
                 out
             }).collect();
             outs.iter().for_each(|out| assert_same(out, &outs[0], "instruction sets"));
@@ -129,7 +178,7 @@ proptest! {
             case.k.chunks(width).zip(case.v.chunks(width)).for_each(|(k, v)| exact.push(k, v));
             let mut expected = vec![0.0; tokens * heads * size];
             let kernels = all_kernels().next().unwrap();
-            attention::cached_attention(kernels, &case.q, &exact, &case.sinks, spec, &mut expected).unwrap();
+            attention::cached_attention(kernels, &case.q, &[&exact], &case.sinks, spec, &mut expected).unwrap();
             assert_close(&outs[0], &expected, tolerance, "formats");
         }
     }
@@ -150,7 +199,7 @@ fn long_contexts_are_cut_into_chunks_without_a_seam() {
             .map(|kernels| {
                 let mut out = vec![0.0; last.len()];
                 let spec = AttentionSpec { scale: SCALE, window };
-                attention::cached_attention(kernels, last, &cache, &case.sinks, spec, &mut out).unwrap();
+                attention::cached_attention(kernels, last, &[&cache], &case.sinks, spec, &mut out).unwrap();
                 out
             })
             .collect();

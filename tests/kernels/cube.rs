@@ -128,6 +128,15 @@ proptest! {
         assert_close(&again, &all[keep * width..], 1e-5, "again");
         assert_close(&cloned, &all[keep * width..], 1e-5, "the clone");
     }
+
+    #[test]
+    fn attention_of_sequences_side_by_side_is_that_of_each_alone(case in cache::any_case(), new in 1..=20usize) {
+        if !device() || case.sizes[2] < 4 {
+            return Ok(());
+        }
+        let new = new.min(case.sizes[2] / 4);
+        case.side_by_side::<Gpu>(new, false, |found, expected| assert_close(found, expected, 1e-5, "side by side"));
+    }
 }
 
 fn ids<B: Backend>(ids: &[i64]) -> Tensor<B, 1, Int> {

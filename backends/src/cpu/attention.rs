@@ -11,7 +11,7 @@
 //! // A sink of such a score as well takes a third of the attention, and adds nothing.
 //! let (query, sink, mut out) = ([3.0, 0.0], [3.0], [0.0; 2]);
 //! let spec = AttentionSpec { scale: 1.0, window: None };
-//! cached_attention(Kernels::detect(), &query, &cache, &sink, spec, &mut out)?;
+//! cached_attention(Kernels::detect(), &query, &[&cache], &sink, spec, &mut out)?;
 //! assert!((out[0] - 4.0 / 3.0).abs() < 1e-6 && (out[1] - 8.0 / 3.0).abs() < 1e-6);
 //! # Ok(()) }
 //! ```
@@ -107,6 +107,7 @@ pub fn rotate(x: &mut [f32], head_dim: usize, [cos, sin]: [&[f32]; 2], tokens: u
 
 /// The queries of one token that share a head of keys, and where their result goes.
 struct Query<'a> {
+    sequence: usize,
     head: usize,
     position: usize,
     /// `[group, head_dim]`
@@ -116,38 +117,44 @@ struct Query<'a> {
     out: &'a mut [f32],
 }
 
-/// Attention over a cache that the tokens are already part of: `q` and `out` are `[tokens, q_heads * head_dim]`, and the
-/// last token is the cache's last entry.
+/// Attention over caches that the tokens are already part of: `q` and `out` are `[tokens, q_heads * head_dim]`, as many tokens
+/// of each sequence, one sequence after the other, and a sequence's last token is the last entry of its cache.
 ///
 /// Sums run over dimensions and entries in order, with fused multiply-adds, so a query's bits depend on nothing but itself
 /// and what it sees.
 ///
 /// # Errors
-/// [`FormatError::Length`] if the slices do not fit each other.
+/// [`FormatError::Length`] if the slices do not fit each other, or the caches do not have the same heads.
 pub fn cached_attention(
     kernels: Kernels,
     q: &[f32],
-    cache: &HeadCaches,
+    caches: &[&HeadCaches],
     sinks: &[f32],
     spec: AttentionSpec,
     out: &mut [f32],
 ) -> Result<(), FormatError> {
-    let (kv_heads, size) = (cache.heads().len(), cache.head_dim());
-    let (width, group) = (sinks.len() * size, sinks.len() / kv_heads.max(1));
     check("outputs", q.len(), out.len())?;
-    let tokens = q.len().checked_div(width).unwrap_or(0);
-    check("values of the queries", tokens * width, q.len())?;
+    let Some(first) = caches.first() else { return check("values of the queries", 0, q.len()) };
+    let (kv_heads, size) = (first.heads().len(), first.head_dim());
+    let (width, group) = (sinks.len() * size, sinks.len() / kv_heads.max(1));
+    let tokens = q.len().checked_div(width * caches.len()).unwrap_or(0);
+    check("values of the queries", tokens * width * caches.len(), q.len())?;
     check("query heads", group * kv_heads, sinks.len())?;
-    let before = cache.end().saturating_sub(tokens);
-    let mut queries = Vec::with_capacity(tokens * kv_heads);
+    for cache in caches {
+        check("heads of a cache", kv_heads, cache.heads().len())?;
+        check("numbers of a head", size, cache.head_dim())?;
+    }
+    let mut queries = Vec::with_capacity(tokens * kv_heads * caches.len());
     for (token, (q, out)) in q.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
         let groups =
             q.chunks_exact(group * size).zip(out.chunks_exact_mut(group * size)).zip(sinks.chunks_exact(group));
-        let position = before + token;
-        queries.extend(groups.enumerate().map(|(head, ((q, out), sinks))| Query { head, position, q, sinks, out }));
+        let sequence = token / tokens;
+        let position = caches[sequence].end().saturating_sub(tokens) + token % tokens;
+        let query = |(head, ((q, out), sinks))| Query { sequence, head, position, q, sinks, out };
+        queries.extend(groups.enumerate().map(query));
     }
     // Those of a head follow each other, while its keys are in the cache.
-    queries.sort_by_key(|query| query.head);
+    queries.sort_by_key(|query| (query.sequence, query.head));
     let seen = |query: &Query<'_>| spec.window.unwrap_or(usize::MAX).min(query.position + 1);
     let work = queries.iter().map(|query| 2 * query.q.len() * seen(query)).sum();
     let parallel = tasks::is_parallel(work);
@@ -159,7 +166,7 @@ pub fn cached_attention(
     }
     tasks::run(pieces, parallel, |queries| {
         let mut scores = vec![0.0; group * STRIDE];
-        queries.into_iter().for_each(|query| attend(kernels, cache, query, spec, &mut scores));
+        queries.into_iter().for_each(|query| attend(kernels, caches[query.sequence], query, spec, &mut scores));
     });
     Ok(())
 }

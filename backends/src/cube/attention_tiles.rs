@@ -18,7 +18,7 @@ type Four = Vector<f32, Const<4>>;
 /// Numbers of a head at most: 32 KiB of shared memory, which every device has.
 const WIDEST_HEAD: usize = 64;
 /// Tokens from which on a tile is worth it.
-const LEAST_TOKENS: usize = 16;
+pub(super) const LEAST_TOKENS: usize = 16;
 
 /// How many heads of a key head share a tile, if tiles suit these sizes.
 pub(super) fn shared_heads(tokens: usize, head_dim: usize, group: usize) -> Option<usize> {
@@ -38,6 +38,7 @@ pub(super) fn in_tiles(
     tokens: u32,
     width: u32,
     slots: u32,
+    first: u32,
     position: u32,
     window: u32,
     scale: f32,
@@ -48,7 +49,7 @@ pub(super) fn in_tiles(
     let first_token = CUBE_POS_X * comptime!(ROWS / shared);
     let first_head = CUBE_POS_Y * shared;
     let heads = CUBE_COUNT_Y * shared;
-    let column = first_head / group * head_dim;
+    let column = first * width + first_head / group * head_dim;
     let (row, side) = (UNIT_POS / SIDE * comptime!(OWN[0]), UNIT_POS % SIDE);
     let mut queries = SharedMemory::<Four>::new(comptime!((ROWS * head_dim / VECTOR) as usize));
     // First the keys of a tile, then its values.

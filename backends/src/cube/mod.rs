@@ -38,6 +38,7 @@ use burn::tensor::{DType, Int, Tensor};
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
 use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 
+use crate::reference::each_alone;
 use crate::{
     format::TernaryWeight,
     ops::{BiasedWeight, ExpertLayer, LayerCache, StoredMatrix, TernaryBackend, TernaryExperts},
@@ -156,9 +157,15 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         rope: [Tensor<Self, 2>; 2],
         sinks: Tensor<Self, 1>,
         scale: f32,
-        cache: &mut LayerCache<Self>,
+        caches: &mut [&mut LayerCache<Self>],
     ) -> Tensor<Self, 2> {
-        tensor(attention::attention(qkv.map(floats), rope.map(floats), floats(sinks), scale, cache))
+        let attend = |qkv: [_; 3], rope: [_; 2], caches: &mut [&mut _]| {
+            tensor(attention::attention(qkv.map(floats), rope.map(floats), floats(sinks.clone()), scale, caches))
+        };
+        match attention::takes_together(qkv[0].dims()[0], caches.len()) {
+            true => attend(qkv, rope, caches),
+            false => each_alone(qkv, rope, caches, |qkv, rope, cache| attend(qkv, rope, &mut [cache])),
+        }
     }
 }
 

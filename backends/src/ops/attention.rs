@@ -64,22 +64,23 @@ pub fn sink_attention<B: TernaryBackend>(
     restore(timed(|| B::sink_attention(single(q), single(k), single(v), single(sinks), spec)), dtype)
 }
 
-/// [`sink_attention`] of new tokens over a cache that takes them in: `[tokens, q_heads * head_dim]`.
+/// [`sink_attention`] of new tokens over caches that take them in: `[tokens, q_heads * head_dim]`. Tokens are as many of each
+/// sequence, one sequence after the other, and each sequence has its cache.
 ///
 /// `qkv` are the new tokens' queries `[tokens, q_heads * head_dim]`, keys and values `[tokens, kv_heads * head_dim]`, one head
 /// after the other; `rope` the cosines and sines of their positions, `[tokens, head_dim / 2]`. Queries and keys are rotated:
-/// a pair is dimension `i` and `i + head_dim / 2` of a head. The window is the cache's. What a query gives does not
+/// a pair is dimension `i` and `i + head_dim / 2` of a head. The window is the caches'. What a query gives does not
 /// depend on how many tokens came with it.
 ///
 /// # Panics
-/// If shapes do not fit each other.
+/// If shapes do not fit each other, there is no cache, caches have different windows, or they do not share the tokens evenly.
 #[must_use]
 pub fn cached_attention<B: TernaryBackend>(
     qkv: [Tensor<B, 2>; 3],
     rope: [Tensor<B, 2>; 2],
     sinks: Tensor<B, 1>,
     scale: f32,
-    cache: &mut LayerCache<B>,
+    caches: &mut [&mut LayerCache<B>],
 ) -> Tensor<B, 2> {
     let ([tokens, half], heads) = (rope[0].dims(), sinks.dims()[0]);
     let ([q, k, v], size) = (qkv.each_ref().map(Tensor::dims), 2 * half);
@@ -87,6 +88,9 @@ pub fn cached_attention<B: TernaryBackend>(
     assert!(k == v && k[0] == tokens && k[1] > 0 && k[1].is_multiple_of(size), "keys {k:?} and values {v:?}");
     assert!((heads * size).is_multiple_of(k[1]), "{heads} query heads on {} key heads", k[1] / size);
     assert_eq!(rope[1].dims(), [tokens, half], "sines of the positions");
+    let sequences = caches.len();
+    assert!(sequences > 0 && tokens.is_multiple_of(sequences), "{tokens} tokens of {sequences} sequences");
+    assert!(caches.iter().all(|cache| cache.window() == caches[0].window()), "caches of one layer");
     let dtype = qkv[0].dtype();
-    restore(timed(|| B::cached_attention(qkv.map(single), rope.map(single), single(sinks), scale, cache)), dtype)
+    restore(timed(|| B::cached_attention(qkv.map(single), rope.map(single), single(sinks), scale, caches)), dtype)
 }

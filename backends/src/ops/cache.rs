@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use burn::tensor::{Tensor, backend::Backend};
 
 use crate::cpu::HeadCaches;
@@ -62,12 +64,21 @@ enum Kept<B: Backend> {
     Ring(Ring<B>),
 }
 
-/// Keys and values on a device, `[slots, kv_heads * head_dim]` each, written in place: the entry of position `p` lies in slot
-/// `p % slots`.
+/// Keys and values on a device, written in place: the entry of position `p` lies in slot `p % slots`.
+///
+/// Sequences that are computed side by side share their buffers, so that one kernel sees all of them.
 #[derive(Debug, Clone)]
 pub(crate) struct Ring<B: Backend> {
+    /// `[sequences * slots, kv_heads * head_dim]`
     pub(crate) keys: Tensor<B, 2>,
     pub(crate) values: Tensor<B, 2>,
+    pub(crate) slots: usize,
+    /// Which of the sequences this is.
+    pub(crate) sequence: usize,
+    /// The same one for all rings in these buffers.
+    pub(crate) company: Arc<()>,
+    /// Held twice where this sequence's slots are: a copy of a cache may be continued as well, and must not be written into.
+    pub(crate) own: Arc<()>,
 }
 
 impl<B: Backend> LayerCache<B> {

@@ -187,9 +187,9 @@ pub trait TernaryBackend: Backend {
         rope: [Tensor<Self, 2>; 2],
         sinks: Tensor<Self, 1>,
         scale: f32,
-        cache: &mut LayerCache<Self>,
+        caches: &mut [&mut LayerCache<Self>],
     ) -> Tensor<Self, 2> {
-        reference::cached_attention(qkv, rope, sinks, scale, cache)
+        reference::cached_attention(qkv, rope, sinks, scale, caches)
     }
 
     /// Runs a long piece of work whose operations follow each other closely. Backends that compute on this machine's

@@ -60,9 +60,39 @@ pub(crate) fn attention_by<B: Backend>(
     Tensor::cat(chunks.collect(), 0)
 }
 
-/// [`cached_attention`](crate::cached_attention) by [`sink_attention`](TernaryBackend::sink_attention) over tensors that grow.
+/// [`cached_attention`](crate::cached_attention) by [`sink_attention`](TernaryBackend::sink_attention) over tensors that grow,
+/// each sequence by itself.
 #[must_use]
 pub fn cached_attention<B: TernaryBackend>(
+    qkv: [Tensor<B, 2>; 3],
+    rope: [Tensor<B, 2>; 2],
+    sinks: Tensor<B, 1>,
+    scale: f32,
+    caches: &mut [&mut LayerCache<B>],
+) -> Tensor<B, 2> {
+    each_alone(qkv, rope, caches, |qkv, rope, cache| of_sequence(qkv, rope, sinks.clone(), scale, cache))
+}
+
+/// What `attention` makes of each sequence's queries, keys and values, cosines and sines, and cache.
+pub(crate) fn each_alone<B: Backend>(
+    qkv: [Tensor<B, 2>; 3],
+    rope: [Tensor<B, 2>; 2],
+    caches: &mut [&mut LayerCache<B>],
+    mut attention: impl FnMut([Tensor<B, 2>; 3], [Tensor<B, 2>; 2], &mut LayerCache<B>) -> Tensor<B, 2>,
+) -> Tensor<B, 2> {
+    if let [cache] = caches {
+        return attention(qkv, rope, cache);
+    }
+    let tokens = qkv[0].dims()[0] / caches.len();
+    let mixed = caches.iter_mut().enumerate().map(|(sequence, cache)| {
+        let rows = sequence * tokens..(sequence + 1) * tokens;
+        let part = |all: &Tensor<B, 2>| all.clone().slice_dim(0, rows.clone());
+        attention(qkv.each_ref().map(part), rope.each_ref().map(part), cache)
+    });
+    Tensor::cat(mixed.collect(), 0)
+}
+
+fn of_sequence<B: TernaryBackend>(
     [q, k, v]: [Tensor<B, 2>; 3],
     [cos, sin]: [Tensor<B, 2>; 2],
     sinks: Tensor<B, 1>,

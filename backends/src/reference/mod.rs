@@ -22,6 +22,8 @@ mod screen;
 mod stored;
 
 pub(crate) use attention::attention_by;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) use attention::each_alone;
 pub use attention::{cached_attention, rotate_heads, sink_attention, sink_softmax, sink_softmax_gradient};
 pub use experts::{clamped_swiglu, ternary_experts};
 pub use linear::{

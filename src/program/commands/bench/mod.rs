@@ -17,14 +17,13 @@ use clap::{Args, builder::RangedU64ValueParser};
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use ternoss::{
-    backends::{TernaryBackend, cpu::Isa},
+    backends::{TernaryBackend, cpu::Isa, read_bandwidth},
     model::GptOssConfig,
 };
 
 use super::ModelArgs;
 use crate::program::{
     backend::guarded,
-    bandwidth::read_bandwidth,
     progress::{Progress, Unit},
 };
 use machine::Memory;
