@@ -27,6 +27,7 @@ mod largest;
 mod linear;
 mod matrix_units;
 mod operands;
+mod ring;
 mod routing;
 mod stored;
 mod tokens;
