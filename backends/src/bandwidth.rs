@@ -13,7 +13,8 @@ const PASSES: usize = 7;
 /// Numbers added side by side: enough to keep several vector registers busy.
 const LANES: usize = 16;
 
-/// Gigabytes a second that the threads of each pool read from memory together. Takes 512 MiB, and a second or so for each.
+/// Gigabytes a second that the threads of each pool read from memory together, as `ternoss bench` tells it. Here, because this
+/// crate is optimized in every profile. Takes 512 MiB, and a second or so for each pool.
 #[must_use]
 pub fn read_bandwidth(pools: &[ThreadPool]) -> Vec<f64> {
     let buffer = vec![1u64; BUFFER_BYTES / size_of::<u64>()];

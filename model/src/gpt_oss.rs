@@ -102,7 +102,7 @@ impl<B: TernaryBackend> GptOss<B> {
     /// Logits of every token: `[tokens]` to `[tokens, vocabulary]`. At least one token.
     ///
     /// # Panics
-    /// If the cache is not one of this model's layers.
+    /// If the cache is not one of as many layers.
     pub fn forward(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Tensor<B, 2> {
         self.lm_head.logits(self.hidden(tokens, cache))
     }
@@ -110,7 +110,7 @@ impl<B: TernaryBackend> GptOss<B> {
     /// What the output layer sees: `[tokens]` to `[tokens, hidden]`, normed.
     ///
     /// # Panics
-    /// If the cache is not one of this model's layers.
+    /// If the cache is not one of as many layers.
     pub fn hidden(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Tensor<B, 2> {
         self.hidden_batch(tokens, &mut [cache])
     }
@@ -119,7 +119,7 @@ impl<B: TernaryBackend> GptOss<B> {
     /// `[tokens, hidden]`, normed. The weights are read once for all of them.
     ///
     /// # Panics
-    /// If there are no sequences, they do not share the tokens evenly, or a cache is not one of this model's layers.
+    /// If there are no sequences, they do not share the tokens evenly, or a cache is not one of as many layers.
     pub fn hidden_batch(&self, tokens: Tensor<B, 1, Int>, caches: &mut [&mut KvCache<B>]) -> Tensor<B, 2> {
         let x = self.through_layers(tokens, caches, |_, _| {});
         apply_norm(&self.norm, x)
@@ -127,6 +127,9 @@ impl<B: TernaryBackend> GptOss<B> {
 
     /// Runs all layers and shows `observe` the residual stream `[tokens, hidden]` before each layer (by its number)
     /// and after the last; returns the latter.
+    ///
+    /// # Panics
+    /// If the cache is not one of as many layers.
     pub fn hidden_states(
         &self,
         tokens: Tensor<B, 1, Int>,

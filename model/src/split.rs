@@ -118,6 +118,7 @@ fn through<B: TernaryBackend>(
     rope: &RotaryTables<B>,
     cache: &mut KvCache<B>,
 ) -> Tensor<B, 2> {
+    assert_eq!(cache.layers(), layers.len(), "layers of the cache");
     layers.iter().zip(cache.layers_mut()).fold(x, |x, (layer, cache)| layer.forward(x, rope, cache))
 }
 

@@ -201,7 +201,11 @@ fn whole<B: Backend>(table: &Table<B>) -> usize {
 
 impl<B: TernaryBackend> GptOss<B> {
     /// Runs tokens through all layers and counts how many of them go to each expert: `[layers][experts]`.
+    ///
+    /// # Panics
+    /// If the cache is not one of as many layers.
     pub fn expert_visits(&self, tokens: Tensor<B, 1, Int>, cache: &mut KvCache<B>) -> Vec<Vec<usize>> {
+        assert_eq!(cache.layers(), self.layers.len(), "layers of the cache");
         let new = tokens.dims()[0];
         let mut x = self.embed_tokens.embed(tokens);
         let rope = self.rope.tables(cache.position()..cache.position() + new, &x.device());

@@ -70,15 +70,30 @@ impl Case {
         })
     }
 
+    /// `new` more tokens of each sequence side by side; `check` gets what comes out, and those rows of `all`.
+    pub(crate) fn advance<B: TernaryBackend>(
+        &self,
+        caches: &mut [&mut LayerCache<B>],
+        new: usize,
+        plain: bool,
+        all: &[f32],
+        check: impl Fn(&[f32], &[f32]),
+    ) {
+        let width = all.len() / self.sizes[2];
+        let ranges: Vec<_> = caches.iter().map(|cache| cache.position()..cache.position() + new).collect();
+        let found = self.steps(&ranges, caches, plain);
+        let expected: Vec<_> = ranges.iter().map(|range| &all[range.start * width..range.end * width]).collect();
+        check(&found, &expected.concat());
+    }
+
     /// Three sequences of these tokens, at different positions, side by side: `new` tokens of each at a time. One leaves for a
     /// step, and one is copied, and the copy goes its own way. `check` gets what comes out, and what would of each alone.
     pub(crate) fn side_by_side<B: TernaryBackend>(&self, new: usize, plain: bool, check: impl Fn(&[f32], &[f32])) {
         let tokens = self.sizes[2];
         let all = self.run::<Flex>(tokens, self.cache(), plain);
-        let width = all.len() / tokens;
-        let mut next = [0, tokens / 4, tokens / 2].map(|start| start.min(tokens - 4 * new));
-        let mut caches = next.map(|start| {
+        let mut caches = [0, tokens / 4, tokens / 2].map(|start| {
             let mut cache = self.cache::<B>();
+            let start = start.min(tokens - 4 * new);
             if start > 0 {
                 self.step(0..start, &mut cache, plain);
             }
@@ -87,11 +102,7 @@ impl Case {
         for round in [[0, 1, 2].as_slice(), &[0, 1, 2], &[2, 0], &[0, 1, 2]] {
             let mut free = caches.each_mut().map(Some);
             let mut caches: Vec<_> = round.iter().filter_map(|sequence| free[*sequence].take()).collect();
-            let ranges: Vec<_> = round.iter().map(|sequence| next[*sequence]..next[*sequence] + new).collect();
-            let found = self.steps(&ranges, &mut caches, plain);
-            let expected: Vec<_> = ranges.iter().map(|range| &all[range.start * width..range.end * width]).collect();
-            check(&found, &expected.concat());
-            round.iter().for_each(|sequence| next[*sequence] += new);
+            self.advance(&mut caches, new, plain, &all, &check);
             // What this one writes is not what the sequence it is a copy of will.
             self.step(tokens - new..tokens, &mut caches[0].clone(), plain);
         }

@@ -9,9 +9,9 @@ use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use proptest::prelude::*;
 use ternoss::backends::{
-    BiasedWeight, CodeFormat, Rotation, StoredFloat, StoredMatrix, TernaryBackend, TernaryLayout, largest, linear_onto,
-    norm_linears, rms_norm, route, stored_linear, stored_linear_at, stored_rows, ternary_linear, ternary_linears,
-    ternary_rows,
+    BiasedWeight, CodeFormat, LayerCache, Rotation, StoredFloat, StoredMatrix, TernaryBackend, TernaryLayout, largest,
+    linear_onto, norm_linears, rms_norm, route, stored_linear, stored_linear_at, stored_rows, ternary_linear,
+    ternary_linears, ternary_rows,
 };
 
 #[cfg(not(feature = "wgpu"))]
@@ -136,6 +136,41 @@ proptest! {
         }
         let new = new.min(case.sizes[2] / 4);
         case.side_by_side::<Gpu>(new, false, |found, expected| assert_close(found, expected, 1e-5, "side by side"));
+    }
+}
+
+#[test]
+fn sequences_leave_their_company_and_outgrow_it() {
+    if !device() {
+        return;
+    }
+    let close = |found: &[f32], expected: &[f32]| assert_close(found, expected, 1e-5, "side by side");
+    for window in [None, Some(16)] {
+        let case = cache::Case::new([4, 2, 700, 16], window, 9);
+        let all = case.run::<Flex>(700, case.cache(), false);
+        let advance = |caches: &mut [&mut LayerCache<Gpu>], new| case.advance(caches, new, false, &all, close);
+        let mut caches = [1, 40, 250].map(|start| {
+            let mut cache = case.cache::<Gpu>().with_spare(8);
+            advance(&mut [&mut cache], start);
+            cache
+        });
+        let [a, b, c] = &mut caches;
+        advance(&mut [a, b, c], 2);
+        advance(&mut [a, b, c], 3);
+        // One and many tokens of a sequence that does not come first in its buffers.
+        advance(&mut [c], 1);
+        advance(&mut [b], 20);
+        // A copy stays where it is while the others move on.
+        let mut copy = b.clone();
+        advance(&mut [c, b], 2);
+        advance(&mut [a, b, c], 1);
+        advance(&mut [&mut copy], 2);
+        b.truncate(b.position() - 3);
+        advance(&mut [c, b], 4);
+        // Past what they have room for, one of them much further than the others.
+        (0..3).for_each(|_| advance(&mut [a, b, c], 15));
+        advance(&mut [b], 300);
+        (0..20).for_each(|_| advance(&mut [a, b, c, &mut copy], 2));
     }
 }
 

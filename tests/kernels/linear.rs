@@ -234,3 +234,12 @@ fn tensors_that_do_not_follow_the_layout_are_refused() {
     let dtype = try_new(signed, row_scales, group_scales, layout);
     assert!(matches!(dtype, Some(FormatError::ElementType { tensor: "codes", .. })));
 }
+
+/// Other tests run on what is there, and would not miss what is not.
+#[test]
+#[cfg(target_arch = "aarch64")]
+fn no_instruction_set_is_left_out_where_all_are_required() {
+    if std::env::var_os("TERNOSS_ISA").is_some() {
+        assert_eq!(Isa::available(), [Isa::Scalar, Isa::Neon, Isa::NeonDot, Isa::NeonI8mm]);
+    }
+}

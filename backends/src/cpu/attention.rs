@@ -143,6 +143,9 @@ pub fn cached_attention(
     for cache in caches {
         check("heads of a cache", kv_heads, cache.heads().len())?;
         check("numbers of a head", size, cache.head_dim())?;
+        // Those that a window has forgotten may be missing, but not the new ones.
+        let kept = cache.end() - cache.first();
+        check("new entries of a cache", tokens, tokens.min(kept))?;
     }
     let mut queries = Vec::with_capacity(tokens * kv_heads * caches.len());
     for (token, (q, out)) in q.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {

@@ -41,12 +41,16 @@ impl Tables {
     #[target_feature(enable = "avx512f")]
     fn new() -> Self {
         static DIGITS: [[u8; 64]; 3] = [table(9), table(3), table(1)];
-        // SAFETY: the arrays have 64 bytes.
-        let [first, second, third] = DIGITS.each_ref().map(|t| unsafe { _mm512_loadu_si512(t.as_ptr().cast()) });
+        let mut upper = [_mm512_setzero_si512(); 3];
+        for (table, digits) in upper.iter_mut().zip(&DIGITS) {
+            // SAFETY: the array has 64 bytes.
+            *table = unsafe { _mm512_loadu_si512(digits.as_ptr().cast()) };
+        }
         // Below 16, the first lane's bytes are enough, in every lane.
+        let [_, second, third] = upper;
         let first_lane = [_mm512_castsi512_si128(second), _mm512_castsi512_si128(third)];
         let lower = [_mm512_broadcast_i32x4(first_lane[0]), _mm512_broadcast_i32x4(first_lane[1])];
-        Self { upper: [first, second, third], lower }
+        Self { upper, lower }
     }
 
     /// The codes that 64 bytes stand for, digit by digit.

@@ -55,11 +55,11 @@ pub(super) struct T2Rows<'a> {
 }
 
 impl<'a> T2Rows<'a> {
-    /// The rows from number `row` on.
+    /// The rows that come after the first `rows`.
     #[cfg(target_arch = "aarch64")]
-    pub(super) fn from(&self, row: usize) -> Self {
-        let scales = self.scales.map(|scales| &scales[row * self.scale_stride..]);
-        Self { codes: &self.codes[row * 4 * self.blocks..], scales, ..*self }
+    pub(super) fn after(&self, rows: usize) -> Self {
+        let scales = self.scales.map(|scales| &scales[rows * self.scale_stride..]);
+        Self { codes: &self.codes[rows * 4 * self.blocks..], scales, ..*self }
     }
 
     /// The words of a row.

@@ -88,8 +88,8 @@ fn tile<const R: usize, const T: usize, const SCALED: bool>(
         }
         for r in 0..R {
             for t in 0..T {
-                let scaled = SCALED.then(|| i32::from(scales[r][b]));
-                sums[r][t] = scaled.map_or(dots[r][t], |scale| vmlaq_n_s32(sums[r][t], dots[r][t], scale));
+                sums[r][t] =
+                    if SCALED { vmlaq_n_s32(sums[r][t], dots[r][t], i32::from(scales[r][b])) } else { dots[r][t] };
             }
         }
     }

@@ -53,7 +53,7 @@ fn pairs<const P: usize, const SCALED: bool>(rows: &T2Rows<'_>, tokens: &[Token<
         tile::<P, SCALED>(rows, n * ROWS, &blocks, tokens, totals);
     }
     if !rest.is_empty() {
-        neon_dot::t2_totals(&rows.from(left_over), tokens, rest);
+        neon_dot::t2_totals(&rows.after(left_over), tokens, rest);
     }
 }
 
@@ -104,8 +104,8 @@ fn tile<const P: usize, const SCALED: bool>(
             continue;
         }
         for two in 0..ROWS / 2 {
-            let [first, second] = [0, 1].map(|r| vdup_n_s32(i32::from(scales[2 * two + r][b])));
-            let scale = vcombine_s32(first, second);
+            let (first, second) = (i32::from(scales[2 * two][b]), i32::from(scales[2 * two + 1][b]));
+            let scale = vcombine_s32(vdup_n_s32(first), vdup_n_s32(second));
             for p in 0..P {
                 sums[two][p] = vmlaq_s32(sums[two][p], dots[two][p], scale);
             }

@@ -138,8 +138,8 @@ macro_rules! vnni_kernels {
                         prefetch(codes[0].wrapping_add(R * BYTES * g + 64 * line + AHEAD));
                     }
                     let mut quarters = words;
-                    for quarters in &mut quarters {
-                        *quarters = quarter(*quarters, k);
+                    for words in &mut quarters {
+                        *words = quarter(*words, k);
                     }
                     for t in 0..T {
                         let at = QUAD * (WIDTH * g / QUAD_BLOCKS) + 16 * (WIDTH * g % QUAD_BLOCKS) + 64 * k;

@@ -1,14 +1,14 @@
 //! Attention with sinks over a cache on the device, which new keys and values are written into in place.
 #![allow(unsafe_code)]
 
-use burn::tensor::DType;
+use burn::tensor::{DType, backend::Backend};
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
 use cubecl::prelude::*;
 
 use super::{
     attention_tiles,
     buffer::room,
-    ring::{Buffers, UNITS, prepared},
+    ring::{Buffers, UNITS, fit_together, prepared},
 };
 use crate::ops::LayerCache;
 
@@ -19,9 +19,15 @@ const KEYS: u32 = UNITS / SHARERS;
 /// Values that a unit fetches together.
 const AHEAD: u32 = 4;
 
-/// Whether so many tokens of so many sequences are computed in one launch: tiles are of one sequence.
-pub(super) fn takes_together(tokens: usize, sequences: usize) -> bool {
-    sequences == 1 || tokens / sequences < attention_tiles::LEAST_TOKENS
+/// Whether `tokens` tokens of each sequence are computed in one launch, with keys of `width` numbers and buffers of at most so
+/// many bytes: tiles are of one sequence.
+pub(super) fn takes_together<B: Backend>(
+    caches: &[&mut LayerCache<B>],
+    tokens: usize,
+    width: usize,
+    most: u64,
+) -> bool {
+    caches.len() == 1 || tokens < attention_tiles::LEAST_TOKENS && fit_together(caches, tokens, width, most)
 }
 
 /// [`cached_attention`](crate::cached_attention): `[tokens, heads * head_dim]`.
@@ -39,9 +45,8 @@ pub(super) fn attention<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
         return out;
     }
     let new = tokens / caches.len();
+    assert_eq!(new * caches.len(), tokens, "as many tokens of each sequence");
     let buffers = prepared(caches, &k, new);
-    let widths = [&buffers.keys, &buffers.values].map(|ring| ring.meta.shape()[1]);
-    assert_eq!(widths, [kv_heads * head_dim; 2], "a cache of other heads");
     let attention = Launch {
         turned: room(&q, [tokens, heads * head_dim], DType::F32),
         sinks,
@@ -90,13 +95,14 @@ impl<R: CubeRuntime> Launch<R> {
 
     fn of_one(self, buffers: &Buffers<R>, position: usize) {
         let (width, group) = (self.width(), self.group());
-        let (slots, first, position) = (buffers.slots as u32, buffers.first(), position as u32);
+        let ([first, slots], position) = (buffers.part(), position as u32);
         let Self { turned, sinks, out, tokens, heads, head_dim, window, scale, .. } = self;
         let client = out.client.clone();
         let arrays = [turned, buffers.keys.clone(), buffers.values.clone(), sinks, out];
         let [q, k, v, sinks, mixed] = arrays.map(CubeTensor::into_array_arg);
         // Unchecked on the device: heads and numbers of a head are those of the arrays, whose shapes fit each other (see
-        // `cached_attention`), tokens end at the last one, and a slot is what is left of a position by the number of slots.
+        // `cached_attention`), tokens end at the last one, and a slot is what is left of a position by the number of slots, counted
+        // from the first one: all lie in the buffers, as `prepared` has made them.
         if let Some(shared) = attention_tiles::shared_heads(tokens, head_dim, group as usize) {
             let tiles = (tokens as u32).div_ceil(attention_tiles::ROWS / shared as u32);
             // SAFETY: above.
@@ -153,7 +159,7 @@ impl<R: CubeRuntime> Launch<R> {
         let client = out.client.clone();
         let arrays = [turned, buffers.keys.clone(), buffers.values.clone(), sinks, sequences, out];
         let [q, k, v, sinks, sequences, mixed] = arrays.map(CubeTensor::into_array_arg);
-        // SAFETY: as for one sequence; each has its slots, and its position.
+        // SAFETY: as for one sequence; each has its numbers in `sequences`, as there are as many tokens of each.
         unsafe {
             attention_batch::launch_unchecked::<R>(
                 &client,
@@ -166,7 +172,6 @@ impl<R: CubeRuntime> Launch<R> {
                 sequences,
                 mixed,
                 width,
-                buffers.slots as u32,
                 new as u32,
                 window,
                 scale,
@@ -198,7 +203,7 @@ fn attention_kernel(
     attend(q, keys, values, sinks, out, width, slots, first, end, window, scale, group, head_dim);
 }
 
-/// The same for `tokens` tokens of each of `sequences`: its position, and its first slot.
+/// The same for `tokens` tokens of each of `sequences`: its position, its first slot, and how many it has.
 #[cube(launch_unchecked)]
 fn attention_batch(
     q: &Array<f32>,
@@ -208,15 +213,15 @@ fn attention_batch(
     sequences: &Array<u32>,
     out: &mut Array<f32>,
     width: u32,
-    slots: u32,
     tokens: u32,
     window: u32,
     scale: f32,
     #[comptime] group: u32,
     #[comptime] head_dim: u32,
 ) {
-    let sequence = (CUBE_POS_X / tokens * 2) as usize;
-    let (end, first) = (sequences[sequence] + CUBE_POS_X % tokens + 1, sequences[sequence + 1]);
+    let sequence = (CUBE_POS_X / tokens * 3) as usize;
+    let end = sequences[sequence] + CUBE_POS_X % tokens + 1;
+    let (first, slots) = (sequences[sequence + 1], sequences[sequence + 2]);
     attend(q, keys, values, sinks, out, width, slots, first, end, window, scale, group, head_dim);
 }
 

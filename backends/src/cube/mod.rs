@@ -39,10 +39,10 @@ use burn::tensor::{DType, Int, Tensor};
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
 use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 
-use crate::reference::each_alone;
 use crate::{
     format::TernaryWeight,
     ops::{BiasedWeight, ExpertLayer, LayerCache, StoredMatrix, TernaryBackend, TernaryExperts},
+    reference::each_alone,
 };
 use buffer::{float_rows, floats, integers, tensor};
 use linear::{products, three_products};
@@ -163,9 +163,12 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         let attend = |qkv: [_; 3], rope: [_; 2], caches: &mut [&mut _]| {
             tensor(attention::attention(qkv.map(floats), rope.map(floats), floats(sinks.clone()), scale, caches))
         };
-        match attention::takes_together(qkv[0].dims()[0], caches.len()) {
-            true => attend(qkv, rope, caches),
-            false => each_alone(qkv, rope, caches, |qkv, rope, cache| attend(qkv, rope, &mut [cache])),
+        let [tokens, width] = qkv[1].dims();
+        let most = qkv[1].clone().into_primitive().tensor().client.properties().memory.max_page_size;
+        if attention::takes_together(caches, tokens / caches.len(), width, most) {
+            attend(qkv, rope, caches)
+        } else {
+            each_alone(qkv, rope, caches, |qkv, rope, cache| attend(qkv, rope, &mut [cache]))
         }
     }
 }

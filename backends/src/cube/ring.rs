@@ -20,34 +20,33 @@ const MOST_CUBES: usize = 1 << 15;
 pub(super) struct Buffers<R: CubeRuntime> {
     pub(super) keys: CubeTensor<R>,
     pub(super) values: CubeTensor<R>,
-    /// Of each sequence.
-    pub(super) slots: usize,
     company: Arc<()>,
     parts: Vec<Part>,
 }
 
 /// A sequence's part of buffers: see [`Ring`].
 struct Part {
-    sequence: usize,
+    first: usize,
+    slots: usize,
     own: Arc<()>,
 }
 
 impl<R: CubeRuntime> Buffers<R> {
-    /// First slot of the first sequence.
-    pub(super) fn first(&self) -> u32 {
-        self.parts.first().map_or(0, |part| part.sequence * self.slots) as u32
+    /// The only sequence's first slot, and how many it has.
+    pub(super) fn part(&self) -> [u32; 2] {
+        self.parts.first().map_or([0, 1], |part| [part.first as u32, part.slots as u32])
     }
 
-    /// Position and first slot of each sequence.
+    /// Position, first slot and number of slots of each sequence.
     pub(super) fn sequences<F: FloatElement, I: IntElement, BT: BoolElement>(
         &self,
         caches: &[&mut LayerCache<CubeBackend<R, F, I, BT>>],
     ) -> CubeTensor<R> {
         let parts = caches.iter().zip(&self.parts);
-        let pairs = parts.map(|(cache, part)| [cache.position() as u32, (part.sequence * self.slots) as u32]);
+        let numbers = parts.map(|(cache, part)| [cache.position(), part.first, part.slots].map(|number| number as u32));
         let (client, device) = (self.keys.client.clone(), self.keys.device.clone());
-        let handle = client.create_from_slice(bytemuck::cast_slice(&pairs.collect::<Vec<_>>()));
-        CubeTensor::new_contiguous(client, device, Shape::new([2 * caches.len()]), handle, DType::U32)
+        let handle = client.create_from_slice(bytemuck::cast_slice(&numbers.collect::<Vec<_>>()));
+        CubeTensor::new_contiguous(client, device, Shape::new([3 * caches.len()]), handle, DType::U32)
     }
 
     /// Rotates queries into `turned`, and takes in rotated keys, and values, of tokens of one sequence from `position` on.
@@ -58,6 +57,7 @@ impl<R: CubeRuntime> Buffers<R> {
         turned: &CubeTensor<R>,
         position: usize,
     ) {
+        let [first, slots] = self.part();
         let Places { cubes, q_width, width, half } = Places::of(&qkv, &tables);
         let ([q, k, v], [cos, sin]) = (qkv.map(CubeTensor::into_array_arg), tables.map(CubeTensor::into_array_arg));
         place::launch::<R>(
@@ -76,8 +76,8 @@ impl<R: CubeRuntime> Buffers<R> {
             width,
             half,
             position as u32,
-            self.slots as u32,
-            self.first(),
+            first,
+            slots,
         );
     }
 
@@ -109,7 +109,6 @@ impl<R: CubeRuntime> Buffers<R> {
             width,
             half,
             tokens as u32,
-            self.slots as u32,
         );
     }
 
@@ -119,10 +118,10 @@ impl<R: CubeRuntime> Buffers<R> {
         caches: &mut [&mut LayerCache<CubeBackend<R, F, I, BT>>],
         tokens: usize,
     ) {
-        let Self { keys, values, slots, company, parts } = self;
-        for (cache, Part { sequence, own }) in caches.iter_mut().zip(parts) {
+        let Self { keys, values, company, parts } = self;
+        for (cache, Part { first, slots, own }) in caches.iter_mut().zip(parts) {
             let (keys, values, company) = (tensor(keys.clone()), tensor(values.clone()), company.clone());
-            cache.put_ring(Ring { keys, values, slots, sequence, company, own }, tokens);
+            cache.put_ring(Ring { keys, values, first, slots, company, own }, tokens);
         }
     }
 }
@@ -143,37 +142,64 @@ impl Places {
     }
 }
 
+/// Slots that a cache needs for `tokens` more entries.
+fn needed<B: Backend>(cache: &LayerCache<B>, tokens: usize) -> usize {
+    cache.window().map_or(cache.position() + tokens, |window| window + tokens.max(cache.spare()))
+}
+
+/// Slots that it gets, so that it need not move soon again.
+fn roomy<B: Backend>(cache: &LayerCache<B>, tokens: usize) -> usize {
+    needed(cache, tokens).next_power_of_two().max(LEAST_SLOTS)
+}
+
+/// Whether caches with entries of `width` numbers fit into buffers of so many bytes, for `tokens` more of each sequence.
+pub(super) fn fit_together<B: Backend>(caches: &[&mut LayerCache<B>], tokens: usize, width: usize, most: u64) -> bool {
+    let slots: usize = caches.iter().map(|cache| roomy(cache, tokens)).sum();
+    let numbers = (slots * width) as u64;
+    4 * numbers <= most && numbers <= u64::from(u32::MAX)
+}
+
 /// Buffers with room for `tokens` more entries of each sequence, and with all that later queries can see: those in which they
 /// are already, or new ones.
+///
+/// # Panics
+/// If a cache has entries of another width, or lost them when an operation panicked.
 pub(super) fn prepared<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     caches: &mut [&mut LayerCache<CubeBackend<R, F, I, BT>>],
     like: &CubeTensor<R>,
     tokens: usize,
 ) -> Buffers<R> {
-    let needed = |cache: &LayerCache<_>| {
-        cache.window().map_or(cache.position() + tokens, |window| window + tokens.max(cache.spare()))
-    };
-    let needed = caches.iter().map(|cache| needed(cache)).max().unwrap_or(0);
+    let width = like.meta.shape()[1];
+    for cache in caches.iter() {
+        let found = cache.ring().map(|ring| [&ring.keys, &ring.values].map(|kept| kept.dims()[1]));
+        assert!(found.is_none_or(|found| found == [width; 2]), "a cache of other heads");
+        assert!(found.is_some() || cache.position() == 0, "a cache without its entries");
+    }
     let old: Vec<_> = caches.iter_mut().map(|cache| cache.take_ring()).collect();
-    if let Some(first) = together(&old).filter(|ring| ring.slots >= needed) {
-        let (keys, values) = (floats(first.keys.clone()), floats(first.values.clone()));
-        let (slots, company) = (first.slots, first.company.clone());
-        let parts = old.into_iter().flatten().map(|Ring { sequence, own, .. }| Part { sequence, own });
-        return Buffers { keys, values, slots, company, parts: parts.collect() };
+    let room = caches
+        .iter()
+        .zip(&old)
+        .all(|(cache, ring)| ring.as_ref().is_some_and(|ring| ring.slots >= needed(cache, tokens)));
+    if let Some(one) = together(&old).filter(|_| room) {
+        let (keys, values, company) = (floats(one.keys.clone()), floats(one.values.clone()), one.company.clone());
+        let parts = old.into_iter().flatten().map(|Ring { first, slots, own, .. }| Part { first, slots, own });
+        return Buffers { keys, values, company, parts: parts.collect() };
     }
-    let had = old.iter().flatten().map(|ring| ring.slots).max().unwrap_or(0);
-    let slots = had.max(needed.next_power_of_two().max(LEAST_SLOTS));
-    let [keys, values] = [0, 1].map(|_| lasting_room(like, [caches.len() * slots, like.meta.shape()[1]], DType::F32));
-    for (sequence, (cache, ring)) in caches.iter().zip(old).enumerate() {
-        let Some(ring) = ring else { continue };
-        let kept = cache.window().map_or(cache.position(), |window| cache.position().min(window + cache.spare()));
-        let entries = cache.position() - kept..cache.position();
-        let [from, to] = [[ring.sequence * ring.slots, ring.slots], [sequence * slots, slots]];
-        move_entries(floats(ring.keys), &keys, entries.clone(), from, to);
-        move_entries(floats(ring.values), &values, entries, from, to);
+    let slots: Vec<usize> = caches.iter().map(|cache| roomy(cache, tokens)).collect();
+    let [keys, values] = [0, 1].map(|_| lasting_room(like, [slots.iter().sum(), width], DType::F32));
+    let (mut first, mut parts) = (0, Vec::with_capacity(caches.len()));
+    for ((cache, ring), slots) in caches.iter().zip(old).zip(slots) {
+        if let Some(ring) = ring {
+            let kept = cache.window().map_or(cache.position(), |window| cache.position().min(window + cache.spare()));
+            let entries = cache.position() - kept..cache.position();
+            let [from, to] = [[ring.first, ring.slots], [first, slots]];
+            move_entries(floats(ring.keys), &keys, entries.clone(), from, to);
+            move_entries(floats(ring.values), &values, entries, from, to);
+        }
+        parts.push(Part { first, slots, own: Arc::new(()) });
+        first += slots;
     }
-    let parts = (0..caches.len()).map(|sequence| Part { sequence, own: Arc::new(()) });
-    Buffers { keys, values, slots, company: Arc::new(()), parts: parts.collect() }
+    Buffers { keys, values, company: Arc::new(()), parts }
 }
 
 /// The first of these rings, if all are in the same buffers, and nobody has a copy of one.
@@ -244,14 +270,14 @@ fn place(
     width: u32,
     half: u32,
     position: u32,
-    slots: u32,
     first: u32,
+    slots: u32,
 ) {
     let slot = first + (position + CUBE_POS_Y) % slots;
     place_pair(q, k, v, cos, sin, turned, keys, values, q_width, width, half, slot);
 }
 
-/// The same for `tokens` tokens of each of `sequences`: its position, and its first slot.
+/// The same for `tokens` tokens of each of `sequences`: its position, its first slot, and how many it has.
 #[cube(launch)]
 fn place_batch(
     q: &Array<f32>,
@@ -267,10 +293,9 @@ fn place_batch(
     width: u32,
     half: u32,
     tokens: u32,
-    slots: u32,
 ) {
-    let sequence = (CUBE_POS_Y / tokens * 2) as usize;
-    let slot = sequences[sequence + 1] + (sequences[sequence] + CUBE_POS_Y % tokens) % slots;
+    let sequence = (CUBE_POS_Y / tokens * 3) as usize;
+    let slot = sequences[sequence + 1] + (sequences[sequence] + CUBE_POS_Y % tokens) % sequences[sequence + 2];
     place_pair(q, k, v, cos, sin, turned, keys, values, q_width, width, half, slot);
 }
 

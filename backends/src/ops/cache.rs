@@ -69,15 +69,16 @@ enum Kept<B: Backend> {
 /// Sequences that are computed side by side share their buffers, so that one kernel sees all of them.
 #[derive(Debug, Clone)]
 pub(crate) struct Ring<B: Backend> {
-    /// `[sequences * slots, kv_heads * head_dim]`
+    /// `[slots of all sequences, kv_heads * head_dim]`
     pub(crate) keys: Tensor<B, 2>,
     pub(crate) values: Tensor<B, 2>,
+    /// First slot of this sequence.
+    pub(crate) first: usize,
+    /// Slots of this sequence.
     pub(crate) slots: usize,
-    /// Which of the sequences this is.
-    pub(crate) sequence: usize,
     /// The same one for all rings in these buffers.
     pub(crate) company: Arc<()>,
-    /// Held twice where this sequence's slots are: a copy of a cache may be continued as well, and must not be written into.
+    /// Every copy of this cache holds it: while there are several, none may write into these slots.
     pub(crate) own: Arc<()>,
 }
 
@@ -181,6 +182,14 @@ impl<B: Backend> LayerCache<B> {
     }
 
     /// The ring, if there is one already.
+    pub(crate) fn ring(&self) -> Option<&Ring<B>> {
+        match &self.kept {
+            Kept::Ring(ring) => Some(ring),
+            _ => None,
+        }
+    }
+
+    /// The same, to be put back.
     pub(crate) fn take_ring(&mut self) -> Option<Ring<B>> {
         match self.take() {
             Kept::Ring(ring) => Some(ring),
