@@ -124,7 +124,7 @@ struct Query<'a> {
 /// and what it sees.
 ///
 /// # Errors
-/// [`FormatError::Length`] if the slices do not fit each other, or the caches do not have the same heads.
+/// [`FormatError::Length`] if the slices do not fit each other, or the caches do not have the same heads or not the tokens.
 pub fn cached_attention(
     kernels: Kernels,
     q: &[f32],
@@ -152,7 +152,7 @@ pub fn cached_attention(
         let groups =
             q.chunks_exact(group * size).zip(out.chunks_exact_mut(group * size)).zip(sinks.chunks_exact(group));
         let sequence = token / tokens;
-        let position = caches[sequence].end().saturating_sub(tokens) + token % tokens;
+        let position = caches[sequence].end() - tokens + token % tokens;
         let query = |(head, ((q, out), sinks))| Query { sequence, head, position, q, sinks, out };
         queries.extend(groups.enumerate().map(query));
     }

@@ -59,6 +59,7 @@ pub(super) fn attention<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
         scale,
     };
     if let [cache] = caches {
+        // Its numbers are arguments of the launches: nothing is uploaded for them.
         buffers.place([q, k, v], tables, &attention.turned, cache.position());
         attention.of_one(&buffers, cache.position());
     } else {

@@ -34,7 +34,7 @@ struct Part {
 impl<R: CubeRuntime> Buffers<R> {
     /// The only sequence's first slot, and how many it has.
     pub(super) fn part(&self) -> [u32; 2] {
-        self.parts.first().map_or([0, 1], |part| [part.first as u32, part.slots as u32])
+        [self.parts[0].first as u32, self.parts[0].slots as u32]
     }
 
     /// Position, first slot and number of slots of each sequence.
@@ -190,8 +190,7 @@ pub(super) fn prepared<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
     let (mut first, mut parts) = (0, Vec::with_capacity(caches.len()));
     for ((cache, ring), slots) in caches.iter().zip(old).zip(slots) {
         if let Some(ring) = ring {
-            let kept = cache.window().map_or(cache.position(), |window| cache.position().min(window + cache.spare()));
-            let entries = cache.position() - kept..cache.position();
+            let entries = cache.position() - cache.entries()..cache.position();
             let [from, to] = [[ring.first, ring.slots], [first, slots]];
             move_entries(floats(ring.keys), &keys, entries.clone(), from, to);
             move_entries(floats(ring.values), &values, entries, from, to);
