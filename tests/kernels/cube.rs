@@ -140,6 +140,30 @@ proptest! {
 }
 
 #[test]
+fn a_token_after_many_others_sees_them_all() {
+    if !device() {
+        return;
+    }
+    for (window, size) in [(None, 64), (Some(128), 64), (Some(300), 24)] {
+        let case = cache::Case::new([4, 2, 620, size], window, 7);
+        let expected = case.run::<Flex>(620, case.cache(), false);
+        let width = expected.len() / 620;
+        let mut cache = case.cache::<Gpu>();
+        case.step(0..600, &mut cache, false);
+        let mut late = cache.clone();
+        for token in 600..605 {
+            let found = case.step(token..token + 1, &mut cache, false);
+            assert_close(&found, &expected[token * width..][..width], 1e-5, "one more token");
+        }
+        let found = case.step(600..604, &mut late, false);
+        assert_close(&found, &expected[600 * width..604 * width], 1e-5, "four more");
+        case.advance(&mut [&mut cache, &mut late], 3, false, &expected, |found, expected| {
+            assert_close(found, expected, 1e-5, "side by side");
+        });
+    }
+}
+
+#[test]
 fn sequences_leave_their_company_and_outgrow_it() {
     if !device() {
         return;

@@ -8,14 +8,17 @@ use cubecl::prelude::*;
 use super::{
     attention_tiles,
     buffer::room,
-    ring::{Buffers, UNITS, fit_together, prepared},
+    device::units_for,
+    ring::{Buffers, Places, Sequences, fit_together, prepared, turned},
 };
 use crate::ops::LayerCache;
 
 /// Units that share a key's score.
 const SHARERS: u32 = 4;
-/// Keys that are looked at together.
-const KEYS: u32 = UNITS / SHARERS;
+/// Units of a cube at least, and at most: as many as [`SHARERS`] for each key that is seen, and the device allows.
+const UNITS: [usize; 2] = [256, 1024];
+/// Scores that a unit compares before all units compare what was found.
+const COMPARED: u32 = 16;
 /// Values that a unit fetches together.
 const AHEAD: u32 = 4;
 
@@ -48,7 +51,7 @@ pub(super) fn attention<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
     assert_eq!(new * caches.len(), tokens, "as many tokens of each sequence");
     let buffers = prepared(caches, &k, new);
     let attention = Launch {
-        turned: room(&q, [tokens, heads * head_dim], DType::F32),
+        places: buffers.places(caches, new),
         sinks,
         out: out.clone(),
         tokens,
@@ -57,24 +60,35 @@ pub(super) fn attention<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
         head_dim,
         window: caches[0].window().map_or(u32::MAX, |window| window as u32),
         scale,
+        units: units_for(&q.client, (SHARERS as usize * seen(caches, new)).max(UNITS[0]), UNITS[1]),
     };
-    if let [cache] = caches {
-        // Its numbers are arguments of the launches: nothing is uploaded for them.
-        buffers.place([q, k, v], tables, &attention.turned, cache.position());
-        attention.of_one(&buffers, cache.position());
+    if new == 1 {
+        attention.of_steps([q, k, v], tables, &buffers);
     } else {
-        let sequences = buffers.sequences(caches);
-        buffers.place_batch([q, k, v], tables, &attention.turned, &sequences, new);
-        attention.of_batch(&buffers, sequences, new);
+        let turned = room(&q, [tokens, heads * head_dim], DType::F32);
+        buffers.place([q, k, v], tables, &turned, &attention.places);
+        match (attention_tiles::shared_heads(new, head_dim, heads / kv_heads), &*caches) {
+            (Some(shared), [cache]) => attention.in_tiles(turned, &buffers, cache.position(), shared),
+            _ => attention.of_few(turned, &buffers),
+        }
     }
     buffers.give_back(caches, new);
     out
 }
 
+/// Keys that a token sees at most, `tokens` more of each sequence included.
+fn seen<B: Backend>(caches: &[&mut LayerCache<B>], tokens: usize) -> usize {
+    let seen = |cache: &&mut LayerCache<B>| (cache.position() + tokens).min(cache.window().unwrap_or(usize::MAX));
+    caches.iter().map(seen).max().unwrap_or(0)
+}
+
 /// What the launches of an attention share.
+///
+/// They are unchecked on the device: heads and numbers of a head are those of the arrays, whose shapes fit each other (see
+/// `cached_attention`), tokens end at the last one, and a slot is what is left of a position by the number of slots, counted
+/// from a sequence's first one: all lie in the buffers, as `prepared` has made them.
 struct Launch<R: CubeRuntime> {
-    /// The queries, rotated.
-    turned: CubeTensor<R>,
+    places: Places<R>,
     sinks: CubeTensor<R>,
     out: CubeTensor<R>,
     tokens: usize,
@@ -83,6 +97,8 @@ struct Launch<R: CubeRuntime> {
     head_dim: usize,
     window: u32,
     scale: f32,
+    /// Of a cube.
+    units: u32,
 }
 
 impl<R: CubeRuntime> Launch<R> {
@@ -94,169 +110,142 @@ impl<R: CubeRuntime> Launch<R> {
         (self.heads / self.kv_heads) as u32
     }
 
-    fn of_one(self, buffers: &Buffers<R>, position: usize) {
-        let (width, group) = (self.width(), self.group());
-        let ([first, slots], position) = (buffers.part(), position as u32);
-        let Self { turned, sinks, out, tokens, heads, head_dim, window, scale, .. } = self;
-        let client = out.client.clone();
-        let arrays = [turned, buffers.keys.clone(), buffers.values.clone(), sinks, out];
-        let [q, k, v, sinks, mixed] = arrays.map(CubeTensor::into_array_arg);
-        // Unchecked on the device: heads and numbers of a head are those of the arrays, whose shapes fit each other (see
-        // `cached_attention`), tokens end at the last one, and a slot is what is left of a position by the number of slots, counted
-        // from the first one: all lie in the buffers, as `prepared` has made them.
-        if let Some(shared) = attention_tiles::shared_heads(tokens, head_dim, group as usize) {
-            let tiles = (tokens as u32).div_ceil(attention_tiles::ROWS / shared as u32);
-            // SAFETY: above.
-            unsafe {
-                attention_tiles::in_tiles::launch_unchecked::<R>(
-                    &client,
-                    CubeCount::Static(tiles, (heads / shared) as u32, 1),
-                    CubeDim::new_1d(attention_tiles::UNITS),
-                    q,
-                    k,
-                    v,
-                    sinks,
-                    mixed,
-                    tokens as u32,
-                    width,
-                    slots,
-                    first,
-                    position,
-                    window,
-                    scale,
-                    group,
-                    shared as u32,
-                    head_dim as u32,
-                );
-            }
-        } else {
-            // SAFETY: above.
-            unsafe {
-                attention_kernel::launch_unchecked::<R>(
-                    &client,
-                    CubeCount::Static(tokens as u32, heads as u32, 1),
-                    CubeDim::new_1d(UNITS),
-                    q,
-                    k,
-                    v,
-                    sinks,
-                    mixed,
-                    width,
-                    slots,
-                    first,
-                    position,
-                    window,
-                    scale,
-                    group,
-                    head_dim as u32,
-                );
-            }
-        }
+    /// One more token of each sequence, whose key and value the same launch takes in.
+    fn of_steps(self, qkv: [CubeTensor<R>; 3], tables: [CubeTensor<R>; 2], buffers: &Buffers<R>) {
+        self.launch(qkv, tables, buffers, true);
     }
 
-    fn of_batch(self, buffers: &Buffers<R>, sequences: CubeTensor<R>, new: usize) {
+    /// A few tokens of each sequence, whose keys and values are in their places already.
+    fn of_few(self, turned: CubeTensor<R>, buffers: &Buffers<R>) {
+        // What is in its place is not looked at again.
+        let other = || self.sinks.clone();
+        let (qkv, tables) = ([turned, other(), other()], [other(), other()]);
+        self.launch(qkv, tables, buffers, false);
+    }
+
+    fn launch(self, qkv: [CubeTensor<R>; 3], tables: [CubeTensor<R>; 2], buffers: &Buffers<R>, step: bool) {
         let (width, group) = (self.width(), self.group());
-        let Self { turned, sinks, out, tokens, heads, head_dim, window, scale, .. } = self;
-        let client = out.client.clone();
-        let arrays = [turned, buffers.keys.clone(), buffers.values.clone(), sinks, sequences, out];
-        let [q, k, v, sinks, sequences, mixed] = arrays.map(CubeTensor::into_array_arg);
-        // SAFETY: as for one sequence; each has its numbers in `sequences`, as there are as many tokens of each.
+        let Self { places, sinks, out, tokens, heads, head_dim, window, scale, units, .. } = self;
+        let sequences = places.launch(&sinks);
+        let ([q, k, v], [cos, sin]) = (qkv.map(CubeTensor::into_array_arg), tables.map(CubeTensor::into_array_arg));
+        // SAFETY: see `Launch`.
         unsafe {
-            attention_batch::launch_unchecked::<R>(
-                &client,
+            attend::launch_unchecked::<R>(
+                &out.client.clone(),
                 CubeCount::Static(tokens as u32, heads as u32, 1),
-                CubeDim::new_1d(UNITS),
+                CubeDim::new_1d(units),
                 q,
                 k,
                 v,
-                sinks,
+                cos,
+                sin,
+                buffers.keys.clone().into_array_arg(),
+                buffers.values.clone().into_array_arg(),
+                sinks.into_array_arg(),
                 sequences,
-                mixed,
+                out.into_array_arg(),
                 width,
-                new as u32,
                 window,
                 scale,
                 group,
+                head_dim as u32,
+                units,
+                step,
+            );
+        }
+    }
+
+    /// Many tokens of one sequence, in tiles that some heads share.
+    fn in_tiles(self, turned: CubeTensor<R>, buffers: &Buffers<R>, position: usize, shared: usize) {
+        let (width, group, [first, slots]) = (self.width(), self.group(), buffers.part());
+        let Self { sinks, out, tokens, heads, head_dim, window, scale, .. } = self;
+        let tiles = (tokens as u32).div_ceil(attention_tiles::ROWS / shared as u32);
+        // SAFETY: see `Launch`.
+        unsafe {
+            attention_tiles::in_tiles::launch_unchecked::<R>(
+                &out.client.clone(),
+                CubeCount::Static(tiles, (heads / shared) as u32, 1),
+                CubeDim::new_1d(attention_tiles::UNITS),
+                turned.into_array_arg(),
+                buffers.keys.clone().into_array_arg(),
+                buffers.values.clone().into_array_arg(),
+                sinks.into_array_arg(),
+                out.into_array_arg(),
+                tokens as u32,
+                width,
+                slots,
+                first,
+                position as u32,
+                window,
+                scale,
+                group,
+                shared as u32,
                 head_dim as u32,
             );
         }
     }
 }
 
-/// A cube computes one query head for one token.
+/// A cube computes one query head for one token: the softmax runs over as many keys at a time as there are units for. In a
+/// `step`, the query and the token's own key are yet to be rotated, and one cube of each key head puts key and value where the
+/// next tokens find them.
 #[cube(launch_unchecked)]
-fn attention_kernel(
-    q: &Array<f32>,
-    keys: &Array<f32>,
-    values: &Array<f32>,
-    sinks: &Array<f32>,
-    out: &mut Array<f32>,
-    width: u32,
-    slots: u32,
-    first: u32,
-    position: u32,
-    window: u32,
-    scale: f32,
-    #[comptime] group: u32,
-    #[comptime] head_dim: u32,
-) {
-    let end = position + CUBE_POS_X + 1;
-    attend(q, keys, values, sinks, out, width, slots, first, end, window, scale, group, head_dim);
-}
-
-/// The same for `tokens` tokens of each of `sequences`: its position, its first slot, and how many it has.
-#[cube(launch_unchecked)]
-fn attention_batch(
-    q: &Array<f32>,
-    keys: &Array<f32>,
-    values: &Array<f32>,
-    sinks: &Array<f32>,
-    sequences: &Array<u32>,
-    out: &mut Array<f32>,
-    width: u32,
-    tokens: u32,
-    window: u32,
-    scale: f32,
-    #[comptime] group: u32,
-    #[comptime] head_dim: u32,
-) {
-    let sequence = (CUBE_POS_X / tokens * 3) as usize;
-    let end = sequences[sequence] + CUBE_POS_X % tokens + 1;
-    let (first, slots) = (sequences[sequence + 1], sequences[sequence + 2]);
-    attend(q, keys, values, sinks, out, width, slots, first, end, window, scale, group, head_dim);
-}
-
-/// One query head for one token, which sees what comes before position `end`: the softmax runs over [`KEYS`] keys at a time.
-#[cube]
 fn attend(
     q: &Array<f32>,
-    keys: &Array<f32>,
-    values: &Array<f32>,
+    k: &Array<f32>,
+    v: &Array<f32>,
+    cos: &Array<f32>,
+    sin: &Array<f32>,
+    keys: &mut Array<f32>,
+    values: &mut Array<f32>,
     sinks: &Array<f32>,
+    sequences: &Sequences,
     out: &mut Array<f32>,
     width: u32,
-    slots: u32,
-    first: u32,
-    end: u32,
     window: u32,
     scale: f32,
     #[comptime] group: u32,
     #[comptime] head_dim: u32,
+    #[comptime] units: u32,
+    #[comptime] step: bool,
 ) {
     let (token, head) = (CUBE_POS_X, CUBE_POS_Y);
+    let (position, first, slots) = sequences.of(token);
+    let end = position + 1;
+    let together = comptime!(units / SHARERS);
     let at = (token * CUBE_COUNT_Y + head) * head_dim;
     let column = first * width + head / group * head_dim;
+    // Where the token's own key and value are in their arrays, and which keys are not in their places yet.
+    let new = token * width + head / group * head_dim;
+    let mut placed = end;
+    if comptime!(step) {
+        placed = position;
+    }
     let mut query = SharedMemory::<f32>::new(comptime!(head_dim as usize));
-    let mut sums = SharedMemory::<f32>::new(comptime!(UNITS as usize));
-    let mut scores = SharedMemory::<f32>::new(comptime!(KEYS as usize));
+    let mut newest = SharedMemory::<f32>::new(comptime!(head_dim as usize));
+    let mut sums = SharedMemory::<f32>::new(comptime!(units as usize));
+    let mut scores = SharedMemory::<f32>::new(comptime!(together as usize));
+    let mut highs = SharedMemory::<f32>::new(comptime!((together / COMPARED) as usize));
     let mut i = UNIT_POS;
     while i < head_dim {
-        query[i as usize] = q[(at + i) as usize];
-        i += UNITS;
+        if comptime!(step) {
+            let half = comptime!(head_dim / 2);
+            query[i as usize] = turned(q, cos, sin, at + i, i, token * half, half);
+            let key = turned(k, cos, sin, new + i, i, token * half, half);
+            newest[i as usize] = key;
+            if head % group == 0 {
+                let to = (position % slots * width + column + i) as usize;
+                keys[to] = key;
+                values[to] = v[(new + i) as usize];
+            }
+        } else {
+            query[i as usize] = q[(at + i) as usize];
+        }
+        i += units;
     }
     // Units mix the values in runs of `head_dim`: each run some of the keys, and a unit more than one number of a wide head.
-    let runs = comptime!(if head_dim < UNITS { UNITS / head_dim } else { 1 });
-    let own = comptime!(head_dim.div_ceil(UNITS));
+    let runs = comptime!(if head_dim < units { units / head_dim } else { 1 });
+    let own = comptime!(head_dim.div_ceil(units));
     let (run, number) = (UNIT_POS / head_dim, UNIT_POS % head_dim);
     let (mut top, mut total) = (sinks[head as usize], f32::new(0.0));
     let mut mixed = Array::<f32>::new(comptime!(own as usize));
@@ -271,7 +260,7 @@ fn attend(
     while start < end {
         let (key, part) = (start + UNIT_POS / SHARERS, UNIT_POS % SHARERS);
         let mut sum = f32::new(0.0);
-        if key < end {
+        if key < placed {
             let entry = key % slots * width + column;
             #[unroll]
             for n in 0..comptime!(head_dim.div_ceil(SHARERS)) {
@@ -281,9 +270,18 @@ fn attend(
                 }
             }
         }
+        if comptime!(step) && key == placed {
+            #[unroll]
+            for n in 0..comptime!(head_dim.div_ceil(SHARERS)) {
+                let i = part + n * SHARERS;
+                if comptime!(head_dim.is_multiple_of(SHARERS)) || i < head_dim {
+                    sum += query[i as usize] * newest[i as usize];
+                }
+            }
+        }
         sums[UNIT_POS as usize] = sum;
         sync_cube();
-        let count = min(end - start, KEYS);
+        let count = min(end - start, together);
         let mut score = f32::new(f32::MIN);
         if UNIT_POS < count {
             score = 0.0;
@@ -295,11 +293,23 @@ fn attend(
             scores[UNIT_POS as usize] = score;
         }
         sync_cube();
-        let before = top;
-        for key in 0..count {
-            top = max(top, scores[key as usize]);
+        if UNIT_POS < comptime!(together / COMPARED) {
+            let mut highest = f32::new(f32::MIN);
+            #[unroll]
+            for n in 0..COMPARED {
+                let key = UNIT_POS * COMPARED + n;
+                if key < count {
+                    highest = max(highest, scores[key as usize]);
+                }
+            }
+            highs[UNIT_POS as usize] = highest;
         }
         sync_cube();
+        let before = top;
+        #[unroll]
+        for n in 0..comptime!(together / COMPARED) {
+            top = max(top, highs[n as usize]);
+        }
         if UNIT_POS < count {
             scores[UNIT_POS as usize] = f32::exp(score - top);
         }
@@ -322,15 +332,22 @@ fn attend(
                     total += share;
                     #[unroll]
                     for n in 0..own {
-                        if n * UNITS + number < head_dim {
-                            mixed[comptime!(n as usize)] += share * values[(entry + n * UNITS) as usize];
+                        if n * units + number < head_dim {
+                            let mut value = f32::new(0.0);
+                            if start + key < placed {
+                                value = values[(entry + n * units) as usize];
+                            }
+                            if comptime!(step) && start + key == placed {
+                                value = v[(new + number + n * units) as usize];
+                            }
+                            mixed[comptime!(n as usize)] += share * value;
                         }
                     }
                 }
                 key += runs;
             }
         }
-        start += KEYS;
+        start += together;
     }
     // The runs of a narrow head are added up; a wide one has a single run.
     sync_cube();
@@ -341,8 +358,8 @@ fn attend(
     }
     #[unroll]
     for n in 0..own {
-        if run == 0 && n * UNITS + number < head_dim {
-            out[(at + n * UNITS + number) as usize] = mixed[comptime!(n as usize)] / (total + sink);
+        if run == 0 && n * units + number < head_dim {
+            out[(at + n * units + number) as usize] = mixed[comptime!(n as usize)] / (total + sink);
         }
     }
 }

@@ -8,9 +8,9 @@ use super::{
     buffer::{float_rows, floats, room},
     device::{Join, joined, nan},
     linear::{is_tiled, products},
+    matrix_units,
     operands::{Matrices, Plan, Routes, TILE, Term},
-    routing::{PendingNorm, route},
-    tokens::{Before, Tokens, quantize},
+    tokens::{Before, Tokens, quantize, quantize_and_route},
 };
 use crate::ops::{ExpertLayer, TernaryExperts};
 
@@ -22,12 +22,10 @@ pub(super) fn expert_layer<R: CubeRuntime, F: FloatElement, I: IntElement, BT: B
     x: CubeTensor<R>,
     layer: &ExpertLayer<CubeBackend<R, F, I, BT>>,
 ) -> CubeTensor<R> {
-    let gamma = floats(layer.gamma.clone());
-    let norm = Before::Norm(gamma.clone(), layer.epsilon as f32);
-    let rounded = quantize(x.clone(), norm, &layer.experts.gate_up.layout);
-    let norm = PendingNorm { gamma, factors: rounded.norms.clone() };
-    let (router, bias) = (floats(layer.router.clone()), floats(layer.router_bias.clone()));
-    let (chosen, weights) = route(x.clone(), Some(norm), router, bias, layer.experts_per_token);
+    let norm = (floats(layer.gamma.clone()), layer.epsilon as f32);
+    let router = [floats(layer.router.clone()), floats(layer.router_bias.clone())];
+    let layout = &layer.experts.gate_up.layout;
+    let (rounded, [chosen, weights]) = quantize_and_route(x.clone(), norm, layout, router, layer.experts_per_token);
     mixed(&rounded, chosen, weights, &layer.experts, Some(x))
 }
 
@@ -55,7 +53,7 @@ fn mixed<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     if tokens == 0 {
         return out;
     }
-    let plan = is_tiled(tokens * k / experts.experts().max(1)).then(|| plan(&chosen, experts.experts()));
+    let plan = tile(&chosen, experts.experts()).map(|tile| plan(&chosen, experts.experts(), tile));
     let routes = |per_input| Matrices::Routed(Routes { chosen: chosen.clone(), per_input, plan: plan.clone() });
     let (gate_up, down) = (&experts.gate_up, &experts.down);
     let bias = Some(float_rows(experts.gate_up_bias.clone()).holding(experts.experts(), gate_up.layout.rows));
@@ -114,10 +112,20 @@ fn weighted_sum(
     out[(token * hidden + i) as usize] = sum;
 }
 
-/// Sorts choices `[tokens, k]` by expert and cuts them into tiles.
-fn plan<R: CubeRuntime>(chosen: &CubeTensor<R>, experts: usize) -> Plan<R> {
+/// How many choices of an expert are worth being looked at together, if that is worth a plan.
+fn tile<R: CubeRuntime>(chosen: &CubeTensor<R>, experts: usize) -> Option<u32> {
     let choices = chosen.meta.num_elements();
-    let count = choices / TILE as usize + experts;
+    if is_tiled(choices / experts.max(1)) {
+        Some(TILE)
+    } else {
+        (choices > experts && matrix_units::are_there(&chosen.client)).then_some(matrix_units::FEW)
+    }
+}
+
+/// Sorts choices `[tokens, k]` by expert and cuts them into tiles of so many.
+fn plan<R: CubeRuntime>(chosen: &CubeTensor<R>, experts: usize, tile: u32) -> Plan<R> {
+    let choices = chosen.meta.num_elements();
+    let count = choices / tile as usize + experts;
     let order = room(chosen, [choices], DType::U32);
     let tiles = room(chosen, [count, 3], DType::I32);
     sort_choices::launch::<R>(
@@ -129,13 +137,21 @@ fn plan<R: CubeRuntime>(chosen: &CubeTensor<R>, experts: usize) -> Plan<R> {
         tiles.clone().into_array_arg(),
         choices as u32,
         count as u32,
+        tile,
     );
-    Plan { order, tiles, count }
+    Plan { order, tiles, count, tile }
 }
 
 /// A cube looks after one expert, a unit after a run of the choices. What is no expert comes after all of them.
 #[cube(launch)]
-fn sort_choices(chosen: &Array<i32>, order: &mut Array<u32>, tiles: &mut Array<i32>, choices: u32, tile_count: u32) {
+fn sort_choices(
+    chosen: &Array<i32>,
+    order: &mut Array<u32>,
+    tiles: &mut Array<i32>,
+    choices: u32,
+    tile_count: u32,
+    #[comptime] tile_size: u32,
+) {
     let expert = CUBE_POS_X;
     let mut counts = SharedMemory::<u32>::new(comptime!(UNITS as usize));
     let mut sums = SharedMemory::<u32>::new(comptime!(UNITS as usize));
@@ -164,21 +180,21 @@ fn sort_choices(chosen: &Array<i32>, order: &mut Array<u32>, tiles: &mut Array<i
         }
     }
     // Experts before take up at most as many tiles as they are, and as their choices fill.
-    let first_tile = start / TILE + expert;
-    let mut end_tile = (start + count) / TILE + expert + 1;
+    let first_tile = start / tile_size + expert;
+    let mut end_tile = (start + count) / tile_size + expert + 1;
     if expert == CUBE_COUNT_X - 1 {
         end_tile = tile_count;
     }
     let mut tile = first_tile + UNIT_POS;
     while tile < end_tile {
-        let from = start + (tile - first_tile) * TILE;
+        let from = start + (tile - first_tile) * tile_size;
         let mut matrix = i32::new(-1);
         if from < start + count {
             matrix = i32::cast_from(expert);
         }
         tiles[(3 * tile) as usize] = matrix;
         tiles[(3 * tile + 1) as usize] = i32::cast_from(from);
-        tiles[(3 * tile + 2) as usize] = i32::cast_from(min(start + count, from + TILE));
+        tiles[(3 * tile + 2) as usize] = i32::cast_from(min(start + count, from + tile_size));
         tile += UNITS;
     }
 }

@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 use super::{
     device::{Join, joined},
     matrix_units,
-    operands::{Addends, Matrices, Operands, TILE, Term},
+    operands::{Addends, Matrices, Operands, Routes, TILE, Term},
     tokens::Tokens,
     weight::{Packed, digit, dot, level},
 };
@@ -19,6 +19,8 @@ const LANES: u32 = 32;
 const ROWS: u32 = 8;
 /// Tokens from which on weights are worth being shared in tiles.
 const TILED: usize = 12;
+/// The same where matrix units share them among a few tokens already: the cubes of fewer tokens leave much of a GPU idle.
+const TILED_UNITS: usize = 128;
 /// Rows, and tokens, of a tile that one unit computes.
 const PART: u32 = 4;
 /// Words of activations that a tile takes at a time: a group of weights is never shorter.
@@ -27,6 +29,11 @@ const STEP: u32 = 16;
 /// Whether so many tokens are worth tiles.
 pub(super) const fn is_tiled(tokens: usize) -> bool {
     tokens >= TILED
+}
+
+/// Tokens of one matrix from which on tiles are worth it.
+const fn least_tiled(has_units: bool) -> usize {
+    if has_units { TILED_UNITS } else { TILED }
 }
 
 /// The products of tokens, or of choices, with their matrices, plus what is added to them: `[choices, rows]`.
@@ -45,17 +52,19 @@ pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
     if choices == 0 {
         return out;
     }
-    let plan = routes.as_ref().map(|routes| routes.plan.as_ref().map(|plan| plan.count));
-    let is_few = plan.map_or(!is_tiled(choices), |plan| plan.is_none());
-    let tiles = plan.flatten().unwrap_or(choices.div_ceil(TILE as usize));
-    let operands = x.operands(matrix, routes.as_ref());
     let (client, product) = (out.client.clone(), out.clone().into_array_arg());
     let has_units = matrix_units::are_there(&client);
+    let (is_few, tiles) = match &routes {
+        None if choices < least_tiled(has_units) => (true, choices.div_ceil(matrix_units::FEW as usize)),
+        None => (false, choices.div_ceil(TILE as usize)),
+        Some(Routes { plan: None, .. }) => (true, choices),
+        Some(Routes { plan: Some(plan), .. }) => (plan.tile < TILE, plan.count),
+    };
+    let operands = x.operands(matrix, routes.as_ref());
     let cubes = |rows_a_cube, tiles| CubeCount::Static((rows as u32).div_ceil(rows_a_cube), tiles as u32, 1);
     match (is_few, has_units) {
         (true, true) => {
-            let tokens = if routes.is_some() { choices } else { choices.div_ceil(matrix_units::FEW as usize) };
-            let (cubes, dim) = (cubes(matrix_units::FEW_ROWS, tokens), CubeDim::new_1d(matrix_units::UNITS));
+            let (cubes, dim) = (cubes(matrix_units::FEW_ROWS, tiles), CubeDim::new_1d(matrix_units::UNITS));
             // SAFETY: see `matrix_units`.
             unsafe {
                 matrix_units::few::launch_unchecked::<R>(&client, cubes, dim, operands, weight, addends, product);
@@ -86,7 +95,8 @@ pub(super) fn three_products<R: CubeRuntime, F: FloatElement, I: IntElement, BT:
     terms: [Term<R, F, I, BT>; 3],
 ) -> [CubeTensor<R>; 3] {
     let client = x.levels.client.clone();
-    if x.count == 0 || is_tiled(x.count) || !matrix_units::are_there(&client) {
+    let has_units = matrix_units::are_there(&client);
+    if x.count == 0 || x.count >= least_tiled(has_units) || !has_units {
         return terms.map(|term| products(x, term, Matrices::One(0)));
     }
     let blocks = terms.each_ref().map(|term| (term.weight.layout.rows as u32).div_ceil(matrix_units::FEW_ROWS));

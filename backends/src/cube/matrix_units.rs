@@ -137,7 +137,7 @@ pub(super) fn many(x: &Operands, weight: &Packed, addends: &Addends, out: &mut A
     }
 }
 
-/// A cube computes [`FEW_ROWS`] rows of one choice, or of up to [`FEW`] tokens that share the matrix.
+/// A cube computes [`FEW_ROWS`] rows of one choice, or of up to [`FEW`] tokens, or choices, that share the matrix.
 #[cube(launch_unchecked)]
 pub(super) fn few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>) {
     block_of_few(x, weight, addends, out, CUBE_POS_X);
@@ -173,22 +173,33 @@ pub(super) fn few_of_three(
 fn block_of_few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>, block: u32) {
     let (line, quarter, plane) = (UNIT_POS % PLANE / 4, UNIT_POS % 4, UNIT_POS / PLANE);
     let first_row = block * FEW_ROWS;
-    let mut first_choice = CUBE_POS_Y;
+    // Where the first choice stands in the order, how many there are, and their matrix.
+    let mut first = CUBE_POS_Y;
     let mut width = u32::new(1);
-    if comptime!(!x.routed) {
-        first_choice = CUBE_POS_Y * FEW;
-        width = min(x.choices - first_choice, FEW);
+    let mut matrix = weight.matrices;
+    if comptime!(x.planned) {
+        let (tile_matrix, start, end) = x.tile(CUBE_POS_Y);
+        // None becomes larger than all.
+        matrix = u32::cast_from(tile_matrix);
+        first = start;
+        width = end - start;
     }
-    let matrix = x.matrix_of(first_choice);
+    if comptime!(!x.planned) {
+        if comptime!(!x.routed) {
+            first = CUBE_POS_Y * FEW;
+            width = min(x.choices - first, FEW);
+        }
+        matrix = x.matrix_of(first);
+    }
     if matrix >= weight.matrices {
         terminate!();
     }
-    let input = x.input_of(first_choice + min(line, width - 1)) * x.level_words + quarter;
+    let input = x.input_of(x.choice_at(first + min(line, width - 1))) * x.level_words + quarter;
     let mut parts = SharedMemory::<i32>::new(comptime!((4 * UNITS) as usize));
     // Who adds up what the planes found: of a row and a choice each.
     let (own_row, own_choice) = (first_row + line + plane / 2 * 8, 2 * quarter + plane % 2);
     let is_own = plane < 4 && own_row < weight.rows && own_choice < width;
-    let choice = first_choice + own_choice;
+    let choice = x.choice_at(first + min(own_choice, width - 1));
     // Fetched before it is waited for.
     let (mut added, mut scale) = (f32::new(0.0), f32::new(0.0));
     let mut row_scales = Array::<f32>::new(comptime!(weight.shape.planes as usize));

@@ -108,7 +108,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         bias: Tensor<Self, 1>,
         k: usize,
     ) -> (Tensor<Self, 2, Int>, Tensor<Self, 2>) {
-        let (chosen, weights) = routing::route(floats(x), None, floats(weight), floats(bias), k);
+        let (chosen, weights) = routing::route(floats(x), floats(weight), floats(bias), k);
         (Tensor::from_primitive(chosen), tensor(weights))
     }
 

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::format::{TernaryLayout, TernaryWeight};
 
-/// Choices of a tile.
+/// Choices of a tile, where there are many.
 pub(super) const TILE: u32 = 64;
 
 /// Which matrix each token is multiplied with.
@@ -42,6 +42,8 @@ pub(super) struct Plan<R: CubeRuntime> {
     /// `[tiles, 3]`: matrix, first of its choices in `order`, and past the last one.
     pub(super) tiles: CubeTensor<R>,
     pub(super) count: usize,
+    /// Choices of a tile at most.
+    pub(super) tile: u32,
 }
 
 /// What is added to products.
@@ -90,6 +92,9 @@ pub(super) struct Operands {
     per_input: u32,
     #[cube(comptime)]
     pub(super) routed: bool,
+    /// Whether there is a [`Plan`].
+    #[cube(comptime)]
+    pub(super) planned: bool,
 }
 
 #[cube]
@@ -107,7 +112,7 @@ impl Operands {
     pub(super) fn tile(&self, number: u32) -> (i32, u32, u32) {
         let mut matrix = i32::cast_from(self.matrix);
         let (mut start, mut end) = (number * TILE, min(number * TILE + TILE, self.choices));
-        if comptime!(self.routed) {
+        if comptime!(self.planned) {
             let tile = (3 * number) as usize;
             matrix = self.tiles[tile];
             start = u32::cast_from(self.tiles[tile + 1]);
@@ -119,7 +124,7 @@ impl Operands {
     /// A choice by its place in the order.
     pub(super) fn choice_at(&self, place: u32) -> u32 {
         let mut choice = place;
-        if comptime!(self.routed) {
+        if comptime!(self.planned) {
             choice = self.order[place as usize];
         }
         choice
@@ -178,6 +183,7 @@ impl<R: CubeRuntime> Tokens<R> {
             self.choices(routes) as u32,
             routes.map_or(1, |routes| routes.per_input) as u32,
             routes.is_some(),
+            plan.is_some(),
         )
     }
 

@@ -10,7 +10,7 @@ use super::buffer::{floats, lasting_room, tensor};
 use crate::ops::{LayerCache, Ring};
 
 /// Units of a cube.
-pub(super) const UNITS: u32 = 256;
+const UNITS: u32 = 256;
 /// Slots of the smallest ring.
 const LEAST_SLOTS: usize = 256;
 /// Cubes in one direction of a launch, below what every device allows.
@@ -37,78 +37,53 @@ impl<R: CubeRuntime> Buffers<R> {
         [self.parts[0].first as u32, self.parts[0].slots as u32]
     }
 
-    /// Position, first slot and number of slots of each sequence.
-    pub(super) fn sequences<F: FloatElement, I: IntElement, BT: BoolElement>(
+    /// Where `tokens` tokens of each sequence have their entries.
+    pub(super) fn places<F: FloatElement, I: IntElement, BT: BoolElement>(
         &self,
         caches: &[&mut LayerCache<CubeBackend<R, F, I, BT>>],
-    ) -> CubeTensor<R> {
+        tokens: usize,
+    ) -> Places<R> {
         let parts = caches.iter().zip(&self.parts);
-        let numbers = parts.map(|(cache, part)| [cache.position(), part.first, part.slots].map(|number| number as u32));
+        let mut numbers =
+            parts.map(|(cache, part)| [cache.position(), part.first, part.slots].map(|number| number as u32));
+        if let [_] = caches {
+            let [position, first, slots] = numbers.next().unwrap_or_default();
+            return Places { several: None, position, first, slots, tokens: tokens as u32 };
+        }
         let (client, device) = (self.keys.client.clone(), self.keys.device.clone());
         let handle = client.create_from_slice(bytemuck::cast_slice(&numbers.collect::<Vec<_>>()));
-        CubeTensor::new_contiguous(client, device, Shape::new([3 * caches.len()]), handle, DType::U32)
+        let several = CubeTensor::new_contiguous(client, device, Shape::new([3 * caches.len()]), handle, DType::U32);
+        Places { several: Some(several), position: 0, first: 0, slots: 1, tokens: tokens as u32 }
     }
 
-    /// Rotates queries into `turned`, and takes in rotated keys, and values, of tokens of one sequence from `position` on.
+    /// Rotates queries into `turned`, and takes in rotated keys, and values.
     pub(super) fn place(
         &self,
         qkv: [CubeTensor<R>; 3],
         tables: [CubeTensor<R>; 2],
         turned: &CubeTensor<R>,
-        position: usize,
+        places: &Places<R>,
     ) {
-        let [first, slots] = self.part();
-        let Places { cubes, q_width, width, half } = Places::of(&qkv, &tables);
+        let [tokens, q_width] = [qkv[0].meta.shape()[0], qkv[0].meta.shape()[1]];
+        let [width, half] = [&qkv[1], &tables[0]].map(|x| x.meta.shape()[1] as u32);
+        let sequences = places.launch(&tables[0]);
         let ([q, k, v], [cos, sin]) = (qkv.map(CubeTensor::into_array_arg), tables.map(CubeTensor::into_array_arg));
         place::launch::<R>(
             &turned.client,
-            cubes,
+            CubeCount::Static((q_width as u32 + width).div_ceil(UNITS), tokens as u32, 1),
             CubeDim::new_1d(UNITS),
             q,
             k,
             v,
             cos,
             sin,
+            sequences,
             turned.clone().into_array_arg(),
             self.keys.clone().into_array_arg(),
             self.values.clone().into_array_arg(),
-            q_width,
+            q_width as u32,
             width,
             half,
-            position as u32,
-            first,
-            slots,
-        );
-    }
-
-    /// The same for `tokens` tokens of each of some [`sequences`](Self::sequences).
-    pub(super) fn place_batch(
-        &self,
-        qkv: [CubeTensor<R>; 3],
-        tables: [CubeTensor<R>; 2],
-        turned: &CubeTensor<R>,
-        sequences: &CubeTensor<R>,
-        tokens: usize,
-    ) {
-        let Places { cubes, q_width, width, half } = Places::of(&qkv, &tables);
-        let ([q, k, v], [cos, sin]) = (qkv.map(CubeTensor::into_array_arg), tables.map(CubeTensor::into_array_arg));
-        place_batch::launch::<R>(
-            &turned.client,
-            cubes,
-            CubeDim::new_1d(UNITS),
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            sequences.clone().into_array_arg(),
-            turned.clone().into_array_arg(),
-            self.keys.clone().into_array_arg(),
-            self.values.clone().into_array_arg(),
-            q_width,
-            width,
-            half,
-            tokens as u32,
         );
     }
 
@@ -126,19 +101,51 @@ impl<R: CubeRuntime> Buffers<R> {
     }
 }
 
-/// A unit for every pair of numbers of a token, and the widths that it needs.
-struct Places {
-    cubes: CubeCount,
-    q_width: u32,
-    width: u32,
-    half: u32,
+/// Where tokens have their entries.
+pub(super) struct Places<R: CubeRuntime> {
+    /// See [`Sequences`]. The numbers of a single one are arguments of the launches: nothing is uploaded for them.
+    several: Option<CubeTensor<R>>,
+    position: u32,
+    first: u32,
+    slots: u32,
+    tokens: u32,
 }
 
-impl Places {
-    fn of<R: CubeRuntime>([q, k, _]: &[CubeTensor<R>; 3], [cos, _]: &[CubeTensor<R>; 2]) -> Self {
-        let [q_width, width, half] = [q, k, cos].map(|x| x.meta.shape()[1] as u32);
-        let cubes = CubeCount::Static((q_width / 2 + width).div_ceil(UNITS), q.meta.shape()[0] as u32, 1);
-        Self { cubes, q_width, width, half }
+impl<R: CubeRuntime> Places<R> {
+    /// The kernels' view of it. `other` is an array that they only read.
+    pub(super) fn launch(&self, other: &CubeTensor<R>) -> SequencesLaunch<R> {
+        // Not looked at where there is one sequence.
+        let numbers = self.several.clone().unwrap_or_else(|| CubeTensor { dtype: DType::U32, ..other.clone() });
+        let several = self.several.is_some();
+        SequencesLaunch::new(numbers.into_array_arg(), self.position, self.first, self.slots, self.tokens, several)
+    }
+}
+
+/// Sequences with as many tokens each.
+#[derive(CubeLaunch, CubeType)]
+pub(super) struct Sequences {
+    /// Of several: the position of each one's first token, its first slot, and how many it has.
+    numbers: Array<u32>,
+    position: u32,
+    first: u32,
+    slots: u32,
+    tokens: u32,
+    #[cube(comptime)]
+    several: bool,
+}
+
+#[cube]
+impl Sequences {
+    /// A token's position, its sequence's first slot, and how many it has.
+    pub(super) fn of(&self, token: u32) -> (u32, u32, u32) {
+        let (mut position, mut first, mut slots) = (self.position + token, self.first, self.slots);
+        if comptime!(self.several) {
+            let sequence = (token / self.tokens * 3) as usize;
+            position = self.numbers[sequence] + token % self.tokens;
+            first = self.numbers[sequence + 1];
+            slots = self.numbers[sequence + 2];
+        }
+        (position, first, slots)
     }
 }
 
@@ -254,7 +261,7 @@ fn move_kernel(
 }
 
 /// Rotates queries and keys, and puts the queries into `turned`, keys and values at the slots of their positions. A unit moves
-/// one pair of numbers of a token. `first` is the sequence's first slot.
+/// one number of a token's query, or of its key and its value.
 #[cube(launch)]
 fn place(
     q: &Array<f32>,
@@ -262,89 +269,42 @@ fn place(
     v: &Array<f32>,
     cos: &Array<f32>,
     sin: &Array<f32>,
-    turned: &mut Array<f32>,
+    sequences: &Sequences,
+    turned_queries: &mut Array<f32>,
     keys: &mut Array<f32>,
     values: &mut Array<f32>,
     q_width: u32,
     width: u32,
     half: u32,
-    position: u32,
-    first: u32,
-    slots: u32,
 ) {
-    let slot = first + (position + CUBE_POS_Y) % slots;
-    place_pair(q, k, v, cos, sin, turned, keys, values, q_width, width, half, slot);
-}
-
-/// The same for `tokens` tokens of each of `sequences`: its position, its first slot, and how many it has.
-#[cube(launch)]
-fn place_batch(
-    q: &Array<f32>,
-    k: &Array<f32>,
-    v: &Array<f32>,
-    cos: &Array<f32>,
-    sin: &Array<f32>,
-    sequences: &Array<u32>,
-    turned: &mut Array<f32>,
-    keys: &mut Array<f32>,
-    values: &mut Array<f32>,
-    q_width: u32,
-    width: u32,
-    half: u32,
-    tokens: u32,
-) {
-    let sequence = (CUBE_POS_Y / tokens * 3) as usize;
-    let slot = sequences[sequence + 1] + (sequences[sequence] + CUBE_POS_Y % tokens) % sequences[sequence + 2];
-    place_pair(q, k, v, cos, sin, turned, keys, values, q_width, width, half, slot);
-}
-
-#[cube]
-fn place_pair(
-    q: &Array<f32>,
-    k: &Array<f32>,
-    v: &Array<f32>,
-    cos: &Array<f32>,
-    sin: &Array<f32>,
-    turned: &mut Array<f32>,
-    keys: &mut Array<f32>,
-    values: &mut Array<f32>,
-    q_width: u32,
-    width: u32,
-    half: u32,
-    slot: u32,
-) {
-    let (pair, token) = (CUBE_POS_X * UNITS + UNIT_POS, CUBE_POS_Y);
-    let (queries, entries) = (q_width / 2, width / 2);
-    if pair < queries {
-        turn(q, cos, sin, turned, pair, token, q_width, token, half);
-    } else if pair < queries + entries {
-        turn(k, cos, sin, keys, pair - queries, token, width, slot, half);
-    } else if pair < queries + 2 * entries {
-        let first = 2 * (pair - queries - entries);
-        #[unroll]
-        for n in 0..2u32 {
-            values[(slot * width + first + n) as usize] = v[(token * width + first + n) as usize];
-        }
+    let (number, token) = (CUBE_POS_X * UNITS + UNIT_POS, CUBE_POS_Y);
+    let angles = token * half;
+    if number < q_width {
+        let at = token * q_width + number;
+        turned_queries[at as usize] = turned(q, cos, sin, at, number % (2 * half), angles, half);
+    } else if number < q_width + width {
+        let number = number - q_width;
+        let from = token * width + number;
+        let (position, first, slots) = sequences.of(token);
+        let to = ((first + position % slots) * width + number) as usize;
+        keys[to] = turned(k, cos, sin, from, number % (2 * half), angles, half);
+        values[to] = v[from as usize];
     }
 }
 
-/// Rotates one pair of a token's numbers `[tokens, width]` into row `to` of `out`.
+/// What stands `at` in `x`, number `number` of a head, rotated by the angles from `angles` on.
 #[cube]
-fn turn(
+pub(super) fn turned(
     x: &Array<f32>,
     cos: &Array<f32>,
     sin: &Array<f32>,
-    out: &mut Array<f32>,
-    pair: u32,
-    token: u32,
-    width: u32,
-    to: u32,
+    at: u32,
+    number: u32,
+    angles: u32,
     half: u32,
-) {
-    let first = pair / half * 2 * half + pair % half;
-    let (a, b) = (x[(token * width + first) as usize], x[(token * width + first + half) as usize]);
-    let angle = (token * half + pair % half) as usize;
-    let (cos, sin) = (cos[angle], sin[angle]);
-    out[(to * width + first) as usize] = a * cos - b * sin;
-    out[(to * width + first + half) as usize] = b * cos + a * sin;
+) -> f32 {
+    let is_first = number < half;
+    let angle = (angles + number % half) as usize;
+    let (own, other) = (x[at as usize], x[select(is_first, at + half, at - half) as usize]);
+    own * cos[angle] + select(is_first, -other, other) * sin[angle]
 }

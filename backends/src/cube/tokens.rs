@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 use super::{
     buffer::room,
     device::{Join, factor_of, is_finite, is_nan, joined, nan, round, signs, units_for},
+    routing::choose,
 };
 use crate::{
     format::{BLOCK, Rotation, TernaryLayout},
@@ -27,8 +28,6 @@ pub(super) struct Tokens<R: CubeRuntime> {
     pub(super) levels: CubeTensor<R>,
     /// `[tokens]`: NaN for a token that is not finite.
     pub(super) scales: CubeTensor<R>,
-    /// `[tokens]`: what a norm multiplied each token with, `gamma` apart; nothing of use without a norm.
-    pub(super) norms: CubeTensor<R>,
     pub(super) count: usize,
     pub(super) words: usize,
 }
@@ -57,43 +56,102 @@ pub(super) const fn level_words(layout: &TernaryLayout) -> usize {
 
 /// Rounds tokens for a weight of this layout: `x` has `in_features` numbers a token, twice as many before the gate.
 pub(super) fn quantize<R: CubeRuntime>(x: CubeTensor<R>, before: Before<R>, layout: &TernaryLayout) -> Tokens<R> {
-    let in_features = layout.in_features;
-    let width = if matches!(before, Before::Gate(_)) { 2 * in_features } else { in_features };
-    let count = x.meta.num_elements() / width;
-    let words = level_words(layout);
-    let levels = room(&x, [count, words], DType::U32);
-    let scales = room(&x, [count], DType::F32);
-    let is_normed = matches!(before, Before::Norm(..));
-    let norms = if is_normed { room(&x, [count], DType::F32) } else { scales.clone() };
-    if count > 0 {
+    let tokens = Tokens::room(&x, if matches!(before, Before::Gate(_)) { 2 } else { 1 }, layout);
+    if tokens.count > 0 {
         let (kind, gamma, numbers) = match before {
             Before::Nothing => (Kind::Plain, x.clone(), [0.0; 2]),
             Before::Norm(gamma, epsilon) => (Kind::Normed, gamma, [epsilon, 0.0]),
             Before::Gate(gate) => (Kind::Gated, x.clone(), [gate.alpha, gate.limit]),
         };
-        let units = units_for(&x.client, (4 * words).div_ceil(OWN as usize), MOST_UNITS);
-        let seed = layout.rotation.map_or(0, |rotation| rotation.seed);
+        let units = tokens.units();
         quantize_kernel::launch::<R>(
             &x.client.clone(),
-            CubeCount::Static(count as u32, 1, 1),
+            CubeCount::Static(tokens.count as u32, 1, 1),
             CubeDim::new_1d(units),
             x.into_array_arg(),
             gamma.into_array_arg(),
-            levels.clone().into_array_arg(),
-            scales.clone().into_array_arg(),
-            norms.clone().into_array_arg(),
-            in_features as u32,
-            words as u32,
-            units,
-            seed as u32,
-            (seed >> 32) as u32,
+            tokens.levels.clone().into_array_arg(),
+            tokens.scales.clone().into_array_arg(),
+            Rounding::launch(layout, units, kind),
             numbers[0],
             numbers[1],
-            kind,
-            layout.rotation.map(|_| Rotation::width(in_features) as u32),
         );
     }
-    Tokens { levels, scales, norms, count, words }
+    tokens
+}
+
+/// The norm of [`rms_norm`](crate::rms_norm), then rounding for a weight of this layout, and the choice of `k` experts,
+/// their numbers, `I32`, and their weights, `[tokens, k]` each: see [`choose`].
+pub(super) fn quantize_and_route<R: CubeRuntime>(
+    x: CubeTensor<R>,
+    (gamma, epsilon): (CubeTensor<R>, f32),
+    layout: &TernaryLayout,
+    [router, bias]: [CubeTensor<R>; 2],
+    k: usize,
+) -> (Tokens<R>, [CubeTensor<R>; 2]) {
+    let tokens = Tokens::room(&x, 1, layout);
+    let choice = [DType::I32, DType::F32].map(|dtype| room(&x, [tokens.count, k], dtype));
+    if tokens.count * k > 0 {
+        let (units, experts) = (tokens.units(), router.meta.shape()[1]);
+        let [chosen, weights] = choice.clone().map(CubeTensor::into_array_arg);
+        quantize_and_route_kernel::launch::<R>(
+            &x.client.clone(),
+            CubeCount::Static(tokens.count as u32, 1, 1),
+            CubeDim::new_1d(units),
+            x.into_array_arg(),
+            gamma.into_array_arg(),
+            router.into_array_arg(),
+            bias.into_array_arg(),
+            tokens.levels.clone().into_array_arg(),
+            tokens.scales.clone().into_array_arg(),
+            chosen,
+            weights,
+            Rounding::launch(layout, units, Kind::Normed),
+            epsilon,
+            k as u32,
+            experts as u32,
+        );
+    }
+    (tokens, choice)
+}
+
+impl<R: CubeRuntime> Tokens<R> {
+    /// Room for tokens of `x`, which has so many numbers for each that is rounded.
+    fn room(x: &CubeTensor<R>, numbers: usize, layout: &TernaryLayout) -> Self {
+        let (count, words) = (x.meta.num_elements() / (numbers * layout.in_features), level_words(layout));
+        Self { levels: room(x, [count, words], DType::U32), scales: room(x, [count], DType::F32), count, words }
+    }
+
+    /// Units of a cube that rounds one.
+    fn units(&self) -> u32 {
+        units_for(&self.levels.client, (4 * self.words).div_ceil(OWN as usize), MOST_UNITS)
+    }
+}
+
+/// How tokens are rounded.
+#[derive(CubeLaunch, CubeType)]
+struct Rounding {
+    in_features: u32,
+    seed_low: u32,
+    seed_high: u32,
+    #[cube(comptime)]
+    words: u32,
+    #[cube(comptime)]
+    units: u32,
+    #[cube(comptime)]
+    kind: Kind,
+    /// Numbers that are rotated together.
+    #[cube(comptime)]
+    rotation: Option<u32>,
+}
+
+impl Rounding {
+    fn launch<R: CubeRuntime>(layout: &TernaryLayout, units: u32, kind: Kind) -> RoundingLaunch<R> {
+        let seed = layout.rotation.map_or(0, |rotation| rotation.seed);
+        let width = layout.rotation.map(|_| Rotation::width(layout.in_features) as u32);
+        let words = level_words(layout) as u32;
+        RoundingLaunch::new(layout.in_features as u32, seed as u32, (seed >> 32) as u32, words, units, kind, width)
+    }
 }
 
 #[cube(launch)]
@@ -102,18 +160,49 @@ fn quantize_kernel(
     gamma: &Array<f32>,
     levels: &mut Array<u32>,
     scales: &mut Array<f32>,
-    norms: &mut Array<f32>,
-    in_features: u32,
-    #[comptime] words: u32,
-    #[comptime] units: u32,
-    seed_low: u32,
-    seed_high: u32,
+    rounding: &Rounding,
     first: f32,
     second: f32,
-    #[comptime] kind: Kind,
-    #[comptime] rotation: Option<u32>,
 ) {
+    quantize_token(x, gamma, levels, scales, rounding, first, second);
+}
+
+#[cube(launch)]
+fn quantize_and_route_kernel(
+    x: &Array<f32>,
+    gamma: &Array<f32>,
+    router: &Array<f32>,
+    bias: &Array<f32>,
+    levels: &mut Array<u32>,
+    scales: &mut Array<f32>,
+    chosen: &mut Array<i32>,
+    weights: &mut Array<f32>,
+    rounding: &Rounding,
+    epsilon: f32,
+    #[comptime] k: u32,
+    #[comptime] experts: u32,
+) {
+    let norm = quantize_token(x, gamma, levels, scales, rounding, epsilon, 0.0);
+    let (token, hidden) = (CUBE_POS_X, rounding.in_features);
+    choose(x, gamma, norm, router, bias, chosen, weights, token, hidden, k, experts, comptime!(rounding.units), true);
+}
+
+/// A cube rounds a token, and tells what a norm multiplied it with, `gamma` apart.
+#[cube]
+fn quantize_token(
+    x: &Array<f32>,
+    gamma: &Array<f32>,
+    levels: &mut Array<u32>,
+    scales: &mut Array<f32>,
+    rounding: &Rounding,
+    first: f32,
+    second: f32,
+) -> f32 {
     let token = CUBE_POS_X;
+    let in_features = rounding.in_features;
+    let (words, units) = comptime!((rounding.words, rounding.units));
+    let (kind, rotation) = comptime!((rounding.kind, rounding.rotation));
+    let mut norm = f32::new(1.0);
     let rounds = comptime!((4 * words).div_ceil(OWN * units));
     let mut values = Array::<f32>::new(comptime!((OWN * rounds) as usize));
     let mut factors = Array::<f32>::new(comptime!((OWN * rounds) as usize));
@@ -134,10 +223,7 @@ fn quantize_kernel(
     if comptime!(kind == Kind::Normed) {
         let mut sums = SharedMemory::<f32>::new(comptime!(units as usize));
         let sum = joined(sum, &mut sums, units, Join::Sum);
-        let norm = 1.0 / f32::sqrt(sum / f32::cast_from(in_features) + first);
-        if UNIT_POS == 0 {
-            norms[token as usize] = norm;
-        }
+        norm = 1.0 / f32::sqrt(sum / f32::cast_from(in_features) + first);
         #[unroll]
         for n in 0..comptime!(OWN * rounds) {
             let i = n / OWN * OWN * units + OWN * UNIT_POS + n % OWN;
@@ -158,7 +244,7 @@ fn quantize_kernel(
     if comptime!(rotation.is_some()) {
         #[unroll]
         for round in 0..rounds {
-            let seed = (seed_low, seed_high);
+            let seed = (rounding.seed_low, rounding.seed_high);
             rotate(&mut values, comptime!(OWN * round), seed, units, comptime!(rotation.unwrap_or(1)));
         }
     }
@@ -187,6 +273,7 @@ fn quantize_kernel(
     if UNIT_POS == 0 {
         scales[token as usize] = select(is_finite(largest), scale, nan());
     }
+    norm
 }
 
 /// The rotation of [`OWN`] numbers of each unit, from `at` on: signs, then the Walsh-Hadamard transform of each run of `width`
