@@ -397,7 +397,8 @@ fn stored_matrices_are_those_of_flex() {
         for tokens in [1, 5, 40] {
             let x = Noise::new(2).floats(tokens * 90);
             let [found, expected] = [run::<Gpu>, run::<Flex>].map(|run| run(&words, float, &x));
-            let tolerance = if tokens > 5 { BURNS_PRODUCTS } else { 1e-5 };
+            let is_burns = tokens > 5 && float != StoredFloat::Bf16;
+            let tolerance = if is_burns { BURNS_PRODUCTS } else { 1e-5 };
             assert_close(&found[0], &expected[0], tolerance, "all rows");
             assert_close(&found[1], &expected[1], 1e-5, "some rows");
             assert_same(&found[2], &expected[2], "the rows themselves");

@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 
 use super::{
     attention_tiles,
-    buffer::room,
+    buffer::{begin, room},
     device::units_for,
     ring::{Buffers, Places, Sequences, fit_together, prepared, turned},
 };
@@ -20,7 +20,7 @@ const UNITS: [usize; 2] = [256, 1024];
 /// Scores that a unit compares before all units compare what was found.
 const COMPARED: u32 = 16;
 /// Values that a unit fetches together.
-const AHEAD: u32 = 4;
+const AHEAD: u32 = 16;
 
 /// Whether `tokens` tokens of each sequence are computed in one launch, with keys of `width` numbers and buffers of at most so
 /// many bytes: tiles are of one sequence.
@@ -73,6 +73,7 @@ pub(super) fn attention<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
         }
     }
     buffers.give_back(caches, new);
+    begin(&out);
     out
 }
 
@@ -249,15 +250,23 @@ fn attend(
     let (run, number) = (UNIT_POS / head_dim, UNIT_POS % head_dim);
     let (mut top, mut total) = (sinks[head as usize], f32::new(0.0));
     let mut mixed = Array::<f32>::new(comptime!(own as usize));
+    let mut own_value = Array::<f32>::new(comptime!(own as usize));
     #[unroll]
     for n in 0..own {
         mixed[comptime!(n as usize)] = 0.0;
+        own_value[comptime!(n as usize)] = 0.0;
+        if comptime!(step) {
+            let number = min(n * units + number, comptime!(head_dim - 1));
+            own_value[comptime!(n as usize)] = v[(new + number) as usize];
+        }
     }
+    let mut fetched = Array::<f32>::new(comptime!((own * AHEAD) as usize));
     // What the softmax has been divided by since the sink was its largest score.
     let mut sink = f32::new(1.0);
     sync_cube();
     let mut start = end - min(end, window);
     while start < end {
+        let count = min(end - start, together);
         let (key, part) = (start + UNIT_POS / SHARERS, UNIT_POS % SHARERS);
         let mut sum = f32::new(0.0);
         if key < placed {
@@ -279,9 +288,11 @@ fn attend(
                 }
             }
         }
+        // The first values are on their way while the scores are looked at.
+        let values_at = Fetch { start: start % slots, count, placed: placed - start, slots, width, column, number };
+        fetch(values, &values_at, &own_value, run, &mut fetched, head_dim, units, step);
         sums[UNIT_POS as usize] = sum;
         sync_cube();
-        let count = min(end - start, together);
         let mut score = f32::new(f32::MIN);
         if UNIT_POS < count {
             score = 0.0;
@@ -321,30 +332,21 @@ fn attend(
         for n in 0..own {
             mixed[comptime!(n as usize)] *= shrink;
         }
-        let mut key = run;
-        while key < count && run < runs {
-            // Several at a time, so that they are fetched together.
+        #[unroll]
+        for pass in 0..comptime!(together.div_ceil(AHEAD * runs)) {
+            let first = run + pass * AHEAD * runs;
+            if comptime!(pass > 0) {
+                fetch(values, &values_at, &own_value, first, &mut fetched, head_dim, units, step);
+            }
             #[unroll]
-            for _ in 0..AHEAD {
-                if key < count {
-                    let share = scores[key as usize];
-                    let entry = (start + key) % slots * width + column + number;
-                    total += share;
-                    #[unroll]
-                    for n in 0..own {
-                        if n * units + number < head_dim {
-                            let mut value = f32::new(0.0);
-                            if start + key < placed {
-                                value = values[(entry + n * units) as usize];
-                            }
-                            if comptime!(step) && start + key == placed {
-                                value = v[(new + number + n * units) as usize];
-                            }
-                            mixed[comptime!(n as usize)] += share * value;
-                        }
-                    }
+            for n in 0..AHEAD {
+                let key = first + n * runs;
+                let share = select(key < count && run < runs, scores[min(key, count - 1) as usize], f32::new(0.0));
+                total += share;
+                #[unroll]
+                for m in 0..own {
+                    mixed[comptime!(m as usize)] += share * fetched[comptime!((n * own + m) as usize)];
                 }
-                key += runs;
             }
         }
         start += together;
@@ -360,6 +362,50 @@ fn attend(
     for n in 0..own {
         if run == 0 && n * units + number < head_dim {
             out[(at + n * units + number) as usize] = mixed[comptime!(n as usize)] / (total + sink);
+        }
+    }
+}
+
+/// Where the values of some keys are: the slot of the first one, how many keys there are, how many of them are in their
+/// places, and which number of a head.
+#[derive(CubeType)]
+struct Fetch {
+    start: u32,
+    count: u32,
+    placed: u32,
+    slots: u32,
+    width: u32,
+    column: u32,
+    number: u32,
+}
+
+/// Brings the values of [`AHEAD`] keys of a run, from key `first` on. Nothing here depends on a condition, so that all are
+/// fetched together.
+#[cube]
+fn fetch(
+    values: &Array<f32>,
+    at: &Fetch,
+    own_value: &Array<f32>,
+    first: u32,
+    fetched: &mut Array<f32>,
+    #[comptime] head_dim: u32,
+    #[comptime] units: u32,
+    #[comptime] step: bool,
+) {
+    let runs = comptime!(if head_dim < units { units / head_dim } else { 1 });
+    let own = comptime!(head_dim.div_ceil(units));
+    #[unroll]
+    for n in 0..AHEAD {
+        let key = min(first + n * runs, at.count - 1);
+        let is_own = comptime!(step) && key == at.placed;
+        // Another cube may be writing into the token's own slot: the next one is looked at instead.
+        let slot = at.start + select(is_own, key + 1, key);
+        let slot = select(slot < at.slots, slot, slot - at.slots);
+        #[unroll]
+        for m in 0..own {
+            let number = min(m * units + at.number, comptime!(head_dim - 1));
+            let value = values[(slot * at.width + at.column + number) as usize];
+            fetched[comptime!((n * own + m) as usize)] = select(is_own, own_value[comptime!(m as usize)], value);
         }
     }
 }

@@ -9,6 +9,7 @@ use burn_cubecl::{
 };
 use cubecl::{
     device::{Device, DeviceId},
+    device_handle::DeviceHandle,
     server::Handle,
     stream_id::StreamId,
 };
@@ -125,6 +126,12 @@ pub(super) fn words_of_bytes<R: CubeRuntime>(Rows { array: bytes, pitch }: Rows<
     };
     let array = CubeTensor::new_contiguous(bytes.client, bytes.device, Shape::new([words]), handle, DType::U32);
     Rows { array, pitch }
+}
+
+/// Has the device begin with what it was asked for: CubeCL keeps back launches until there are 32, and where a pass begins, a
+/// GPU has nothing else to do meanwhile.
+pub(super) fn begin<R: CubeRuntime>(beside: &CubeTensor<R>) {
+    DeviceHandle::<R::Server>::new(beside.device.to_id()).flush_queue();
 }
 
 /// Room for a tensor beside another one, its elements in order, not initialized: for a short time, most likely.

@@ -1,13 +1,25 @@
 //! What several kernels need of a device.
 
 use burn_cubecl::CubeRuntime;
-use cubecl::{client::ComputeClient, prelude::*};
+use cubecl::{
+    client::ComputeClient,
+    ir::{ElemType, StorageType},
+    prelude::*,
+};
 
 /// Units of a cube for so much work, a power of two: at most `most`, another one, and what the device allows.
 pub(super) fn units_for<R: CubeRuntime>(client: &ComputeClient<R>, work: usize, most: usize) -> u32 {
     let allowed = client.properties().hardware.max_units_per_cube as usize;
     let allowed = if allowed.is_power_of_two() { allowed } else { allowed.next_power_of_two() / 2 };
     work.next_power_of_two().clamp(64, most).min(allowed) as u32
+}
+
+/// Whether matrix units multiply matrices of this shape: rows, columns and depth. Of numbers of the first kind they make sums of
+/// the second one.
+pub(super) fn multiplies<R: CubeRuntime>(client: &ComputeClient<R>, shape: [u32; 3], [of, to]: [ElemType; 2]) -> bool {
+    let (of, to) = (StorageType::from(of), StorageType::from(to));
+    let mut configs = client.properties().features.matmul.mma.iter();
+    configs.any(|mma| [mma.m, mma.n, mma.k] == shape && [mma.a_type, mma.b_type, mma.cd_type] == [of, of, to])
 }
 
 /// How numbers of several units become one.

@@ -5,7 +5,7 @@ use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElemen
 use cubecl::prelude::*;
 
 use super::{
-    buffer::{float_rows, floats, room},
+    buffer::{begin, float_rows, floats, room},
     device::{Join, joined, nan},
     linear::{is_tiled, products},
     matrix_units,
@@ -26,7 +26,9 @@ pub(super) fn expert_layer<R: CubeRuntime, F: FloatElement, I: IntElement, BT: B
     let router = [floats(layer.router.clone()), floats(layer.router_bias.clone())];
     let layout = &layer.experts.gate_up.layout;
     let (rounded, [chosen, weights]) = quantize_and_route(x.clone(), norm, layout, router, layer.experts_per_token);
-    mixed(&rounded, chosen, weights, &layer.experts, Some(x))
+    let out = mixed(&rounded, chosen, weights, &layer.experts, Some(x));
+    begin(&out);
+    out
 }
 
 /// `x [tokens, hidden]`, `chosen` and `weights` `[tokens, k]`, the former `I32`: `[tokens, hidden]`.

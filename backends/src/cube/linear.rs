@@ -148,7 +148,7 @@ fn row_by_row(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<
         }
         let total = joined(total, &mut totals, LANES, Join::Sum);
         if known {
-            y += f32::cast_from(total) * (weight.row_scale(packed_row) * x.scale(input));
+            y += f32::cast_from(total) * (weight.row_scale(matrix, plane, row) * x.scale(input));
         }
     }
     if lane == 0 && known {
@@ -233,7 +233,7 @@ fn tiled(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>)
         #[unroll]
         for r in 0..PART {
             let row = min(first_row + own_row + r, weight.rows - 1);
-            let row_scale = weight.row_scale(weight.row(matrix, plane, row));
+            let row_scale = weight.row_scale(matrix, plane, row);
             #[unroll]
             for c in 0..PART {
                 let part = comptime!((r * PART + c) as usize);

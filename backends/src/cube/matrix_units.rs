@@ -1,6 +1,7 @@
 //! Products on matrix units, which multiply int8 with int8: NVIDIA's from Ampere on, by CUDA.
 //!
-//! Four trits become four int8 in three operations. The sums are the whole numbers that the other kernels find.
+//! Codes are multiplied as they are, 0, 1 and 2, and a product of the same inputs with -1 makes trits of them: on an H200 the
+//! operations around the products take the time, not the products. The sums are the whole numbers that the other kernels find.
 //!
 //! No access is checked on the device, which would take a good part of the time. All of them are within the arrays: a matrix
 //! is one of the weight's (`few` asks; tiles are made of experts that exist), rows end at the weight's last one, words at those
@@ -10,11 +11,12 @@
 use burn_cubecl::CubeRuntime;
 use cubecl::{
     client::ComputeClient,
-    ir::{ElemType, IntKind, StorageType},
+    ir::{ElemType, IntKind},
     prelude::*,
 };
 
 use super::{
+    device::multiplies,
     operands::{Addends, Operands, TILE},
     weight::Packed,
 };
@@ -45,12 +47,7 @@ const STRIDE: u32 = STEP + 4;
 
 /// Whether this device has them.
 pub(super) fn are_there<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
-    let of = |kind| StorageType::from(ElemType::Int(kind));
-    let fits = |config: &cubecl::ir::features::MmaConfig| {
-        [config.m, config.n, config.k] == SHAPE
-            && [config.a_type, config.b_type, config.cd_type] == [of(IntKind::I8), of(IntKind::I8), of(IntKind::I32)]
-    };
-    client.properties().features.matmul.mma.iter().any(fits)
+    multiplies(client, SHAPE, [ElemType::Int(IntKind::I8), ElemType::Int(IntKind::I32)])
 }
 
 /// A cube computes [`ROWS`] rows of [`TILE`] choices that share a matrix.
@@ -112,7 +109,7 @@ pub(super) fn many(x: &Operands, weight: &Packed, addends: &Addends, out: &mut A
         sync_cube();
         #[unroll]
         for r in 0..comptime!(2 * PARTS[0]) {
-            let row_scale = weight.row_scale(rows[comptime!(r as usize)]);
+            let row_scale = weight.row_scale(matrix, weight_plane, min(first_row + 8 * r, weight.rows - 1));
             #[unroll]
             for c in 0..comptime!(2 * PARTS[1]) {
                 let number = comptime!(number_of(r, c));
@@ -208,8 +205,7 @@ fn block_of_few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Arra
         scale = x.scale(x.input_of(choice));
         #[unroll]
         for weight_plane in 0..weight.shape.planes {
-            let row = weight.row(matrix, weight_plane, own_row);
-            row_scales[comptime!(weight_plane as usize)] = weight.row_scale(row);
+            row_scales[comptime!(weight_plane as usize)] = weight.row_scale(matrix, weight_plane, own_row);
         }
     }
     let mut y = f32::new(0.0);
@@ -299,11 +295,12 @@ fn add_few(
                 b[comptime!(half as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
                 #[unroll]
                 for side in 0..2u32 {
-                    let word = trits_of(codes[comptime!((8 * ahead + 4 * side + 2 * depth + half) as usize)]);
+                    let word = codes[comptime!((8 * ahead + 4 * side + 2 * depth + half) as usize)];
                     a[comptime!((2 * half + side) as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
                 }
             }
             units().execute_inplace(&a, &b, &mut sums);
+            units().execute_inplace(&minus_ones(), &b, &mut sums);
         }
         #[unroll]
         for side in 0..2u32 {
@@ -334,17 +331,13 @@ fn add_step(
     totals: &mut Array<i32>,
 ) {
     // Two products deep; of each, both halves of its rows and of its depth.
-    let mut trits = Array::<u32>::new(comptime!((8 * PARTS[0]) as usize));
+    let mut codes = Array::<u32>::new(comptime!((8 * PARTS[0]) as usize));
     let mut group_scales = Array::<i32>::new(comptime!((2 * PARTS[0]) as usize));
     #[unroll]
     for r in 0..comptime!(2 * PARTS[0]) {
         let row = rows[comptime!(r as usize)];
         group_scales[comptime!(r as usize)] = weight.group_scale(row, at);
-        bring_codes(weight, row, at, quarter, &mut trits, comptime!(4 * r));
-    }
-    #[unroll]
-    for word in 0..comptime!((8 * PARTS[0]) as usize) {
-        trits[word] = trits_of(trits[word]);
+        bring_codes(weight, row, at, quarter, &mut codes, comptime!(4 * r));
     }
     #[unroll]
     for c in 0..comptime!(PARTS[1]) {
@@ -354,9 +347,24 @@ fn add_step(
             let word = inputs[(input + c * comptime!(SHAPE[1] * STRIDE) + 4 * part) as usize];
             words[comptime!(part as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
         }
+        // What is to be taken away is the same for all rows.
+        let mut taken = zeros();
+        #[unroll]
+        for depth in 0..2u32 {
+            let mut b = Array::<Vector<i8, Const<4>>>::new(2usize);
+            #[unroll]
+            for half in 0..2u32 {
+                b[comptime!(half as usize)] = words[comptime!((2 * depth + half) as usize)];
+            }
+            units().execute_inplace(&minus_ones(), &b, &mut taken);
+        }
         #[unroll]
         for r in 0..comptime!(PARTS[0]) {
-            let mut sums = zeros();
+            let mut sums = Array::<Vector<i32, Const<2>>>::new(2usize);
+            #[unroll]
+            for half in 0..2usize {
+                sums[half] = taken[half];
+            }
             #[unroll]
             for depth in 0..2u32 {
                 let mut a = Array::<Vector<i8, Const<4>>>::new(4usize);
@@ -366,7 +374,7 @@ fn add_step(
                     b[comptime!(half as usize)] = words[comptime!((2 * depth + half) as usize)];
                     #[unroll]
                     for side in 0..2u32 {
-                        let word = trits[comptime!((4 * (2 * r + side) + 2 * depth + half) as usize)];
+                        let word = codes[comptime!((4 * (2 * r + side) + 2 * depth + half) as usize)];
                         a[comptime!((2 * half + side) as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
                     }
                 }
@@ -427,9 +435,13 @@ fn bring_codes(weight: &Packed, row: u32, at: u32, quarter: u32, codes: &mut Arr
     }
 }
 
-/// Four codes as four int8.
+/// A matrix of -1.
 #[cube]
-fn trits_of(codes: u32) -> u32 {
-    // The highest bits keep one byte from borrowing of the next.
-    ((codes | 0x8080_8080u32) - 0x0101_0101u32) ^ 0x8080_8080u32
+fn minus_ones() -> Array<Vector<i8, Const<4>>> {
+    let mut ones = Array::<Vector<i8, Const<4>>>::new(4usize);
+    #[unroll]
+    for word in 0..4usize {
+        ones[word] = Vector::<i8, Const<4>>::reinterpret(0xffff_ffffu32.runtime());
+    }
+    ones
 }

@@ -30,6 +30,7 @@ mod operands;
 mod ring;
 mod routing;
 mod stored;
+mod stored_units;
 mod tokens;
 mod weight;
 
@@ -41,7 +42,7 @@ use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 
 use crate::{
     format::TernaryWeight,
-    ops::{BiasedWeight, ExpertLayer, LayerCache, StoredMatrix, TernaryBackend, TernaryExperts},
+    ops::{BiasedWeight, ExpertLayer, LayerCache, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts},
     reference::each_alone,
 };
 use buffer::{float_rows, floats, integers, tensor};
@@ -69,6 +70,8 @@ pub fn share_one_queue() {
 
 /// Elements of a stored matrix that are decoded at a time: 128 MiB.
 const DECODED: usize = 32 << 20;
+/// Tokens for which they are, where matrix units multiply fewer with the matrix as it is stored.
+const DECODED_FOR: usize = 128;
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBackend for CubeBackend<R, F, I, BT> {
     const PROMPT_TOKENS: usize = 2048;
@@ -180,13 +183,20 @@ fn ids<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement, const D:
     integers(if ids.dtype() == DType::I32 { ids } else { ids.cast(DType::I32) })
 }
 
-/// [`stored_linear`](crate::stored_linear): products one by one for a few tokens, and for many, whose rows are worth being
-/// decoded, Burn's product with some of them at a time.
+/// [`stored_linear`](crate::stored_linear): products one by one for a token, on matrix units for several, where a device has
+/// them, and for many, whose rows are worth being decoded, Burn's product with some of the rows at a time.
 fn stored_linear<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     x: Tensor<CubeBackend<R, F, I, BT>, 2>,
     matrix: &StoredMatrix<CubeBackend<R, F, I, BT>>,
 ) -> Tensor<CubeBackend<R, F, I, BT>, 2> {
-    if !linear::is_tiled(x.dims()[0]) || matrix.rows() == 0 {
+    let tokens = x.dims()[0];
+    if (2..DECODED_FOR).contains(&tokens) && matrix.float() == StoredFloat::Bf16 {
+        let x = floats(x.clone());
+        if stored_units::are_there(&x.client) {
+            return tensor(stored_units::linear(x, matrix));
+        }
+    }
+    if !linear::is_tiled(tokens) || matrix.rows() == 0 {
         return tensor(stored::linear(floats(x), matrix, None));
     }
     let (step, device) = ((DECODED / matrix.columns()).max(1), x.device());

@@ -221,7 +221,7 @@ fn ternary_rows_kernel(
             let row = weight.row(matrix, plane, id);
             let codes = weight.codes_at(row, i / 4);
             let trit = i32::cast_from((codes >> (8 * (i % 4))) & 3) - 1;
-            value += f32::cast_from(trit * weight.group_scale(row, i / 4)) * weight.row_scale(row);
+            value += f32::cast_from(trit * weight.group_scale(row, i / 4)) * weight.row_scale(matrix, plane, id);
         }
     }
     if comptime!(rotation.is_some()) {

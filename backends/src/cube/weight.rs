@@ -24,7 +24,6 @@ pub(super) struct Packed {
     groups: u32,
     /// From one row's first group scale to the next one's.
     group_scale_pitch: u32,
-    group_size: u32,
     #[cube(comptime)]
     pub(super) shape: PackedShape,
 }
@@ -34,7 +33,7 @@ pub(super) struct Packed {
 pub(super) struct PackedShape {
     pub(super) format: CodeFormat,
     pub(super) planes: u32,
-    pub(super) grouped: bool,
+    pub(super) group_size: Option<u32>,
 }
 
 impl PackedShape {
@@ -74,8 +73,7 @@ pub(super) fn packed<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEle
         row_scales.pitch as u32,
         groups as u32,
         group_scale_pitch as u32,
-        group_size.unwrap_or(1) as u32,
-        PackedShape { format, planes: planes as u32, grouped: group_size.is_some() },
+        PackedShape { format, planes: planes as u32, group_size: group_size.map(|size| size as u32) },
     )
 }
 
@@ -87,8 +85,9 @@ impl Packed {
         (matrix * planes + plane) * self.rows + row
     }
 
-    pub(super) fn row_scale(&self, row: u32) -> f32 {
-        self.row_scales[(row / self.rows * self.row_scale_pitch + row % self.rows) as usize]
+    pub(super) fn row_scale(&self, matrix: u32, plane: u32, row: u32) -> f32 {
+        let planes = comptime!(self.shape.planes);
+        self.row_scales[((matrix * planes + plane) * self.row_scale_pitch + row) as usize]
     }
 
     /// A word of a row.
@@ -131,8 +130,9 @@ impl Packed {
 
     /// The group scale of the activations at `place`, 1 without groups.
     pub(super) fn group_scale(&self, row: u32, place: u32) -> i32 {
-        if comptime!(self.shape.grouped) {
-            let at = row * self.group_scale_pitch + min(place * 4 / self.group_size, self.groups - 1);
+        if comptime!(self.shape.group_size.is_some()) {
+            let group = place * 4 / comptime!(self.shape.group_size.unwrap_or(1));
+            let at = row * self.group_scale_pitch + min(group, self.groups - 1);
             i32::cast_from((self.group_scales[(at / 4) as usize] >> (at % 4 * 8)) & 255)
         } else {
             i32::new(1)
