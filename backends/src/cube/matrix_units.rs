@@ -441,7 +441,7 @@ fn minus_ones() -> Array<Vector<i8, Const<4>>> {
     let mut ones = Array::<Vector<i8, Const<4>>>::new(4usize);
     #[unroll]
     for word in 0..4usize {
-        ones[word] = Vector::<i8, Const<4>>::reinterpret(0xffff_ffffu32.runtime());
+        ones[word] = Vector::<i8, Const<4>>::new(-1);
     }
     ones
 }
