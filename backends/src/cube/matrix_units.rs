@@ -92,19 +92,42 @@ pub(super) fn many(x: &Operands, weight: &Packed, addends: &Addends, out: &mut A
         for number in 0..numbers {
             totals[number] = 0;
         }
+        let raw = comptime!(raw_words(weight.shape.format));
+        let mut levels = Array::<u32>::new(comptime!(brought as usize));
+        let mut codes = Array::<u32>::new(comptime!((2 * PARTS[0] * raw) as usize));
+        let mut scales = Array::<u32>::new(comptime!((2 * PARTS[0]) as usize));
+        let mut next_codes = Array::<u32>::new(comptime!((2 * PARTS[0] * raw) as usize));
+        let mut next_scales = Array::<u32>::new(comptime!((2 * PARTS[0]) as usize));
+        bring_inputs(x, &sources, 0u32.runtime(), &mut levels, brought);
+        bring_rows(weight, &rows, 0u32.runtime(), quarter, &mut codes, &mut scales);
         let mut at = u32::new(0);
         let mut side = u32::new(0);
         while at < x.level_words {
             #[unroll]
             for n in 0..brought {
                 let slot = (UNIT_POS / STEP + n * comptime!(UNITS / STEP)) * STRIDE + own_word;
-                inputs[(side + slot) as usize] = x.levels[(sources[comptime!(n as usize)] + at) as usize];
+                inputs[(side + slot) as usize] = levels[comptime!(n as usize)];
             }
             // The other side may still be read: it is written next time, when all have passed here once more.
             sync_cube();
-            add_step(weight, &inputs, &rows, side + (first_choice + line) * STRIDE + quarter, at, quarter, &mut totals);
+            // Fetched while this step is computed. Under a condition, or a compiler puts off what it fetches until it is needed.
+            let next = at + STEP;
+            if next < x.level_words {
+                bring_inputs(x, &sources, next, &mut levels, brought);
+                bring_rows(weight, &rows, next, quarter, &mut next_codes, &mut next_scales);
+            }
+            let input = side + (first_choice + line) * STRIDE + quarter;
+            add_step(weight, &inputs, &rows, &codes, &scales, input, at, quarter, &mut totals);
+            #[unroll]
+            for word in 0..comptime!((2 * PARTS[0] * raw) as usize) {
+                codes[word] = next_codes[word];
+            }
+            #[unroll]
+            for word in 0..comptime!((2 * PARTS[0]) as usize) {
+                scales[word] = next_scales[word];
+            }
             side = comptime!(TILE * STRIDE) - side;
-            at += STEP;
+            at = next;
         }
         sync_cube();
         #[unroll]
@@ -222,10 +245,23 @@ fn block_of_few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Arra
         for number in 0..4usize {
             totals[number] = 0;
         }
+        let mut fetched = Fetched {
+            input,
+            is_there: line < width,
+            quarter,
+            levels: Array::<u32>::new(comptime!((4 * AHEAD) as usize)),
+            codes: Array::<u32>::new(comptime!((2 * AHEAD * raw_words(weight.shape.format)) as usize)),
+            scales: Array::<u32>::new(comptime!((2 * AHEAD) as usize)),
+        };
+        // All of it is fetched before the first product waits: a compiler would put it off within one block of operations.
         let mut at = plane * STEP;
+        fetched.bring(x, weight, &rows, at);
         while at < x.level_words {
-            add_few(x, weight, &rows, input, line < width, at, quarter, &mut totals);
+            fetched.add(x, weight, &rows, at, &mut totals);
             at += comptime!(AHEAD * STEP * UNITS / PLANE);
+            if at < x.level_words {
+                fetched.bring(x, weight, &rows, at);
+            }
         }
         #[unroll]
         for number in 0..4u32 {
@@ -247,68 +283,81 @@ fn block_of_few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Arra
     }
 }
 
-/// Adds the products of [`AHEAD`] steps of a plane to its totals.
-#[cube]
-fn add_few(
-    x: &Operands,
-    weight: &Packed,
-    rows: &Array<u32>,
+/// What a unit needs for [`AHEAD`] steps, as it is stored.
+#[derive(CubeType)]
+struct Fetched {
+    /// Where its token's words are, if there is such a token.
     input: u32,
     is_there: bool,
-    at: u32,
+    /// Which of four neighbours it is.
     quarter: u32,
-    totals: &mut Array<i32>,
-) {
-    let mut words = Array::<u32>::new(comptime!((4 * AHEAD) as usize));
-    let mut codes = Array::<u32>::new(comptime!((8 * AHEAD) as usize));
-    let mut group_scales = Array::<i32>::new(comptime!((2 * AHEAD) as usize));
-    #[unroll]
-    for ahead in 0..AHEAD {
-        let step = at + ahead * comptime!(STEP * UNITS / PLANE);
-        let known = min(step, x.level_words - STEP);
+    levels: Array<u32>,
+    /// Of each step, those of both rows.
+    codes: Array<u32>,
+    scales: Array<u32>,
+}
+
+#[cube]
+impl Fetched {
+    fn bring(&mut self, x: &Operands, weight: &Packed, rows: &Array<u32>, at: u32) {
+        let raw = comptime!(raw_words(weight.shape.format));
         #[unroll]
-        for part in 0..4u32 {
-            // Zeros make whatever they are multiplied with nothing.
-            let mut word = u32::new(0);
-            if is_there && step < x.level_words {
-                word = x.levels[(input + known + 4 * part) as usize];
+        for ahead in 0..AHEAD {
+            let step = at + ahead * comptime!(STEP * UNITS / PLANE);
+            let known = min(step, x.level_words - STEP);
+            #[unroll]
+            for side in 0..2u32 {
+                let row = rows[comptime!(side as usize)];
+                bring_words(weight, row, known, self.quarter, &mut self.codes, comptime!((2 * ahead + side) * raw));
+                self.scales[comptime!((2 * ahead + side) as usize)] = weight.group_scale_word(row, known);
             }
-            words[comptime!((4 * ahead + part) as usize)] = word;
-        }
-        #[unroll]
-        for side in 0..2u32 {
-            let row = rows[comptime!(side as usize)];
-            group_scales[comptime!((2 * ahead + side) as usize)] = weight.group_scale(row, known);
-            bring_codes(weight, row, known, quarter, &mut codes, comptime!(8 * ahead + 4 * side));
+            #[unroll]
+            for part in 0..4u32 {
+                // Zeros make whatever they are multiplied with nothing.
+                let mut word = u32::new(0);
+                if self.is_there && step < x.level_words {
+                    word = x.levels[(self.input + known + 4 * part) as usize];
+                }
+                self.levels[comptime!((4 * ahead + part) as usize)] = word;
+            }
         }
     }
-    #[unroll]
-    for ahead in 0..AHEAD {
-        let mut sums = zeros();
+
+    /// Adds the products to the totals of a plane.
+    fn add(&self, x: &Operands, weight: &Packed, rows: &Array<u32>, at: u32, totals: &mut Array<i32>) {
+        let raw = comptime!(raw_words(weight.shape.format));
         #[unroll]
-        for depth in 0..2u32 {
-            let mut a = Array::<Vector<i8, Const<4>>>::new(4usize);
-            let mut b = Array::<Vector<i8, Const<4>>>::new(2usize);
+        for ahead in 0..AHEAD {
+            let known = min(at + ahead * comptime!(STEP * UNITS / PLANE), x.level_words - STEP);
+            let mut sums = zeros();
             #[unroll]
-            for half in 0..2u32 {
-                let word = words[comptime!((4 * ahead + 2 * depth + half) as usize)];
-                b[comptime!(half as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
+            for depth in 0..2u32 {
+                let mut a = Array::<Vector<i8, Const<4>>>::new(4usize);
+                let mut b = Array::<Vector<i8, Const<4>>>::new(2usize);
                 #[unroll]
-                for side in 0..2u32 {
-                    let word = codes[comptime!((8 * ahead + 4 * side + 2 * depth + half) as usize)];
-                    a[comptime!((2 * half + side) as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
+                for half in 0..2u32 {
+                    let part = comptime!(2 * depth + half);
+                    let word = self.levels[comptime!((4 * ahead + part) as usize)];
+                    b[comptime!(half as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
+                    #[unroll]
+                    for side in 0..2u32 {
+                        let from = comptime!((2 * ahead + side) * raw);
+                        let word = codes_of(weight, &self.codes, from, part, known, self.quarter);
+                        a[comptime!((2 * half + side) as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
+                    }
                 }
+                units().execute_inplace(&a, &b, &mut sums);
+                units().execute_inplace(&minus_ones(), &b, &mut sums);
             }
-            units().execute_inplace(&a, &b, &mut sums);
-            units().execute_inplace(&minus_ones(), &b, &mut sums);
-        }
-        #[unroll]
-        for side in 0..2u32 {
-            let scale = group_scales[comptime!((2 * ahead + side) as usize)];
-            let pair = sums[comptime!(side as usize)];
             #[unroll]
-            for n in 0..2u32 {
-                totals[comptime!((2 * side + n) as usize)] += scale * pair[comptime!(n as usize)];
+            for side in 0..2u32 {
+                let word = self.scales[comptime!((2 * ahead + side) as usize)];
+                let scale = weight.group_scale_of(word, rows[comptime!(side as usize)], known);
+                let pair = sums[comptime!(side as usize)];
+                #[unroll]
+                for n in 0..2u32 {
+                    totals[comptime!((2 * side + n) as usize)] += scale * pair[comptime!(n as usize)];
+                }
             }
         }
     }
@@ -319,12 +368,41 @@ const fn number_of(r: u32, c: u32) -> usize {
     (4 * (r / 2 * PARTS[1] + c / 2) + r % 2 * 2 + c % 2) as usize
 }
 
+/// Brings a step's words of the choices that this unit puts into shared memory.
+#[cube]
+fn bring_inputs(x: &Operands, sources: &Array<u32>, at: u32, levels: &mut Array<u32>, #[comptime] brought: u32) {
+    #[unroll]
+    for n in 0..brought {
+        levels[comptime!(n as usize)] = x.levels[(sources[comptime!(n as usize)] + at) as usize];
+    }
+}
+
+/// Brings a step's words of a plane's rows, and those of their scales.
+#[cube]
+fn bring_rows(
+    weight: &Packed,
+    rows: &Array<u32>,
+    at: u32,
+    quarter: u32,
+    codes: &mut Array<u32>,
+    scales: &mut Array<u32>,
+) {
+    #[unroll]
+    for r in 0..comptime!(2 * PARTS[0]) {
+        let row = rows[comptime!(r as usize)];
+        bring_words(weight, row, at, quarter, codes, comptime!(r * raw_words(weight.shape.format)));
+        scales[comptime!(r as usize)] = weight.group_scale_word(row, at);
+    }
+}
+
 /// Adds the products of [`STEP`] words of inputs, one group, to the totals of a plane.
 #[cube]
 fn add_step(
     weight: &Packed,
     inputs: &SharedMemory<u32>,
     rows: &Array<u32>,
+    fetched: &Array<u32>,
+    scales: &Array<u32>,
     input: u32,
     at: u32,
     quarter: u32,
@@ -336,8 +414,12 @@ fn add_step(
     #[unroll]
     for r in 0..comptime!(2 * PARTS[0]) {
         let row = rows[comptime!(r as usize)];
-        group_scales[comptime!(r as usize)] = weight.group_scale(row, at);
-        bring_codes(weight, row, at, quarter, &mut codes, comptime!(4 * r));
+        group_scales[comptime!(r as usize)] = weight.group_scale_of(scales[comptime!(r as usize)], row, at);
+        let from = comptime!(r * raw_words(weight.shape.format));
+        #[unroll]
+        for part in 0..4u32 {
+            codes[comptime!((4 * r + part) as usize)] = codes_of(weight, fetched, from, part, at, quarter);
+        }
     }
     #[unroll]
     for c in 0..comptime!(PARTS[1]) {
@@ -414,24 +496,36 @@ fn zeros() -> Array<Vector<i32, Const<2>>> {
     sums
 }
 
-/// The codes of a unit's quarter of a step: of every fourth word of activations. They go to four places from `to` on.
+/// Words that hold a unit's quarter of a step: the codes of every fourth word of activations.
+const fn raw_words(format: CodeFormat) -> u32 {
+    match format {
+        CodeFormat::T2 => 1,
+        CodeFormat::T5 => 4,
+    }
+}
+
+/// Fetches them, to the places from `to` on.
 #[cube]
-fn bring_codes(weight: &Packed, row: u32, at: u32, quarter: u32, codes: &mut Array<u32>, #[comptime] to: u32) {
+fn bring_words(weight: &Packed, row: u32, at: u32, quarter: u32, words: &mut Array<u32>, #[comptime] to: u32) {
+    #[unroll]
+    for part in 0..comptime!(raw_words(weight.shape.format)) {
+        words[comptime!((to + part) as usize)] = weight.word_at(row, at + 4 * part + quarter);
+    }
+}
+
+/// Part `part` of the codes in such words, which begin at `from`.
+#[cube]
+fn codes_of(
+    weight: &Packed,
+    words: &Array<u32>,
+    #[comptime] from: u32,
+    #[comptime] part: u32,
+    at: u32,
+    quarter: u32,
+) -> u32 {
     match comptime!(weight.shape.format) {
-        CodeFormat::T2 => {
-            let word = weight.word(row, at / 4 + quarter);
-            #[unroll]
-            for digit in 0..4u32 {
-                codes[comptime!((to + digit) as usize)] = (word >> (2 * digit)) & 0x0303_0303u32;
-            }
-        }
-        CodeFormat::T5 =>
-        {
-            #[unroll]
-            for part in 0..4u32 {
-                codes[comptime!((to + part) as usize)] = weight.codes_at(row, at + 4 * part + quarter);
-            }
-        }
+        CodeFormat::T2 => (words[comptime!(from as usize)] >> comptime!(2 * part)) & 0x0303_0303u32,
+        CodeFormat::T5 => weight.codes_of(words[comptime!((from + part) as usize)], at + 4 * part + quarter),
     }
 }
 

@@ -143,15 +143,15 @@ fn products(
     for number in 0..numbers {
         sums[number] = 0.0;
     }
+    let mut weights = Array::<u32>::new(comptime!((4 * AHEAD) as usize));
+    let mut next_weights = Array::<u32>::new(comptime!((4 * AHEAD) as usize));
+    bring(words, &sources, quarter, row_words, &mut weights);
     let mut at = u32::new(0);
     while at < row_words {
-        let mut weights = Array::<u32>::new(comptime!((4 * AHEAD) as usize));
-        #[unroll]
-        for n in 0..comptime!(4 * AHEAD) {
-            // Of each product, both halves of its rows and of its depth.
-            let word = at + n / 4 * STEP + n % 4 / 2 * 4 + quarter;
-            let found = words[(sources[comptime!((n % 2) as usize)] + min(word, row_words - 1)) as usize];
-            weights[comptime!(n as usize)] = select(word < row_words, found, u32::new(0));
+        // Fetched while these are multiplied. Under a condition, or a compiler puts off what it fetches until it is needed.
+        let next = at + comptime!(AHEAD * STEP);
+        if next < row_words {
+            bring(words, &sources, next + quarter, row_words, &mut next_weights);
         }
         #[unroll]
         for ahead in 0..AHEAD {
@@ -192,7 +192,11 @@ fn products(
                 }
             }
         }
-        at += comptime!(AHEAD * STEP);
+        #[unroll]
+        for n in 0..comptime!((4 * AHEAD) as usize) {
+            weights[n] = next_weights[n];
+        }
+        at = next;
     }
     #[unroll]
     for side in 0..sides {
@@ -207,6 +211,21 @@ fn products(
                 }
             }
         }
+    }
+}
+
+/// Brings a unit's words for [`AHEAD`] products, the first of which is word `at`: of each, both halves of its rows and of its
+/// depth. What is past the end of a row is zero.
+#[cube]
+fn bring(words: &Array<u32>, sources: &Array<u32>, at: u32, row_words: u32, weights: &mut Array<u32>) {
+    #[unroll]
+    for n in 0..comptime!(4 * AHEAD) {
+        let word = at + comptime!(n / 4 * STEP + n % 4 / 2 * 4);
+        let mut found = u32::new(0);
+        if word < row_words {
+            found = words[(sources[comptime!((n % 2) as usize)] + word) as usize];
+        }
+        weights[comptime!(n as usize)] = found;
     }
 }
 

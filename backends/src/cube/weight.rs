@@ -105,11 +105,21 @@ impl Packed {
 
     /// Four codes, a byte each, of the activations at `place`: the inverse of [`place`](Self::place).
     pub(super) fn codes_at(&self, row: u32, place: u32) -> u32 {
+        self.codes_of(self.word_at(row, place), place)
+    }
+
+    /// The word that holds the codes of the activations at `place`.
+    pub(super) fn word_at(&self, row: u32, place: u32) -> u32 {
         match comptime!(self.shape.format) {
-            CodeFormat::T2 => {
-                let word = self.word(row, place / 16 * 4 + place % 4);
-                (word >> (place % 16 / 4 * 2)) & 0x0303_0303u32
-            }
+            CodeFormat::T2 => self.word(row, place / 16 * 4 + place % 4),
+            CodeFormat::T5 => self.word(row, place % self.words),
+        }
+    }
+
+    /// Four codes, a byte each, of the activations at `place`, from the word that holds them.
+    pub(super) fn codes_of(&self, word: u32, place: u32) -> u32 {
+        match comptime!(self.shape.format) {
+            CodeFormat::T2 => (word >> (place % 16 / 4 * 2)) & 0x0303_0303u32,
             CodeFormat::T5 => {
                 let digit = place / self.words;
                 let mut power = u32::new(81);
@@ -120,7 +130,6 @@ impl Packed {
                 }
                 let mut codes = u32::new(0x0101_0101u32 as i64);
                 if digit < 5 {
-                    let word = self.word(row, place % self.words);
                     codes = digits_of(word, power);
                 }
                 codes
@@ -130,13 +139,31 @@ impl Packed {
 
     /// The group scale of the activations at `place`, 1 without groups.
     pub(super) fn group_scale(&self, row: u32, place: u32) -> i32 {
+        self.group_scale_of(self.group_scale_word(row, place), row, place)
+    }
+
+    /// The word that holds it, nothing without groups.
+    pub(super) fn group_scale_word(&self, row: u32, place: u32) -> u32 {
+        let mut word = u32::new(0);
         if comptime!(self.shape.group_size.is_some()) {
-            let group = place * 4 / comptime!(self.shape.group_size.unwrap_or(1));
-            let at = row * self.group_scale_pitch + min(group, self.groups - 1);
-            i32::cast_from((self.group_scales[(at / 4) as usize] >> (at % 4 * 8)) & 255)
-        } else {
-            i32::new(1)
+            word = self.group_scales[(self.group_scale_at(row, place) / 4) as usize];
         }
+        word
+    }
+
+    /// The scale in its word.
+    pub(super) fn group_scale_of(&self, word: u32, row: u32, place: u32) -> i32 {
+        let mut scale = i32::new(1);
+        if comptime!(self.shape.group_size.is_some()) {
+            scale = i32::cast_from((word >> (self.group_scale_at(row, place) % 4 * 8)) & 255);
+        }
+        scale
+    }
+
+    /// Which of all group scales.
+    fn group_scale_at(&self, row: u32, place: u32) -> u32 {
+        let group = place * 4 / comptime!(self.shape.group_size.unwrap_or(1));
+        row * self.group_scale_pitch + min(group, self.groups - 1)
     }
 }
 
