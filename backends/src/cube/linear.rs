@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 
 use super::{
     device::{Join, joined},
-    matrix_units,
+    matrix_units::{self, Stage},
     operands::{Addends, Matrices, Operands, Routes, TILE, Term},
     tokens::Tokens,
     weight::{Packed, digit, dot, level},
@@ -46,7 +46,8 @@ pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
         Matrices::One(matrix) => (matrix, None),
         Matrices::Routed(routes) => (0, Some(routes)),
     };
-    let (choices, rows) = (x.choices(routes.as_ref()), term.weight.layout.rows);
+    let (choices, layout) = (x.choices(routes.as_ref()), term.weight.layout);
+    let rows = layout.rows;
     assert!(matrix < term.weight.layout.matrices, "matrix {matrix} of {:?}", term.weight.layout);
     let (weight, addends, out) = term.launch(x, choices);
     if choices == 0 {
@@ -60,17 +61,21 @@ pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
         Some(Routes { plan: None, .. }) => (true, choices),
         Some(Routes { plan: Some(plan), .. }) => (plan.tile < TILE, plan.count),
     };
+    let together = if routes.as_ref().is_none_or(|routes| routes.plan.is_some()) { choices } else { 1 };
+    let stage = Stage::of(&layout, together);
     let operands = x.operands(matrix, routes.as_ref());
     let cubes = |rows_a_cube, tiles| CubeCount::Static((rows as u32).div_ceil(rows_a_cube), tiles as u32, 1);
     match (is_few, has_units) {
-        (true, true) => {
+        (true, true) if stage.fits(&client) => {
             let (cubes, dim) = (cubes(matrix_units::FEW_ROWS, tiles), CubeDim::new_1d(matrix_units::UNITS));
             // SAFETY: see `matrix_units`.
             unsafe {
-                matrix_units::few::launch_unchecked::<R>(&client, cubes, dim, operands, weight, addends, product);
+                matrix_units::few::launch_unchecked::<R>(
+                    &client, cubes, dim, operands, weight, addends, product, stage,
+                );
             }
         }
-        (true, false) => {
+        (true, _) => {
             let (cubes, dim) = (cubes(ROWS, choices), CubeDim::new_1d(LANES * ROWS));
             row_by_row::launch::<R>(&client, cubes, dim, operands, weight, addends, product);
         }
@@ -96,7 +101,9 @@ pub(super) fn three_products<R: CubeRuntime, F: FloatElement, I: IntElement, BT:
 ) -> [CubeTensor<R>; 3] {
     let client = x.levels.client.clone();
     let has_units = matrix_units::are_there(&client);
-    if x.count == 0 || x.count >= least_tiled(has_units) || !has_units {
+    let stages = terms.each_ref().map(|term| Stage::of(&term.weight.layout, x.count));
+    let are_alike = stages.iter().all(|stage| *stage == stages[0] && stage.fits(&client));
+    if x.count == 0 || x.count >= least_tiled(has_units) || !has_units || !are_alike {
         return terms.map(|term| products(x, term, Matrices::One(0)));
     }
     let blocks = terms.each_ref().map(|term| (term.weight.layout.rows as u32).div_ceil(matrix_units::FEW_ROWS));
@@ -119,6 +126,7 @@ pub(super) fn three_products<R: CubeRuntime, F: FloatElement, I: IntElement, BT:
             third.clone().into_array_arg(),
             blocks[0],
             blocks[1],
+            stages[0],
         );
     }
     [first, second, third]

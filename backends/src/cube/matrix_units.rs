@@ -18,9 +18,10 @@ use cubecl::{
 use super::{
     device::multiplies,
     operands::{Addends, Operands, TILE},
+    tokens::level_words,
     weight::Packed,
 };
-use crate::format::CodeFormat;
+use crate::format::{CodeFormat, TernaryLayout};
 
 /// Rows, columns and depth of one product of the units, by a plane of 32.
 const SHAPE: [u32; 3] = [16, 8, 32];
@@ -40,10 +41,47 @@ const STEP: u32 = 16;
 pub(super) const FEW_ROWS: u32 = SHAPE[0];
 /// Tokens of a cube for a few.
 pub(super) const FEW: u32 = SHAPE[1];
-/// Steps that are fetched before the first of them is used.
-const AHEAD: u32 = 3;
 /// From one token to the next one in shared memory: no two units of a plane read the same bank.
 const STRIDE: u32 = STEP + 4;
+
+/// What a cube for a few tokens has in shared memory, in words: so rows are read one after the other, and nothing waits until
+/// all is on its way. (Units that read 16 bytes of 16 rows each were held up by how many rows a load can touch: 1.3 TB/s on
+/// an H200.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Stage {
+    /// Code words of a row.
+    codes: u32,
+    /// Words of a row's group scales, which may begin within one.
+    scales: u32,
+    /// Words of a token.
+    levels: u32,
+    /// Tokens at most.
+    tokens: u32,
+}
+
+impl Stage {
+    pub(super) fn of(layout: &TernaryLayout, tokens: usize) -> Self {
+        let scales = if layout.group_size.is_some() { (layout.groups() + 3).div_ceil(4) } else { 0 };
+        Self {
+            codes: layout.words_per_row() as u32,
+            scales: scales as u32,
+            levels: level_words(layout) as u32,
+            tokens: if tokens > 1 { FEW } else { 1 },
+        }
+    }
+
+    /// Whether a cube of this device has so much.
+    pub(super) fn fits<R: CubeRuntime>(self, client: &ComputeClient<R>) -> bool {
+        let rows = FEW_ROWS * (spread(self.codes) + self.scales);
+        let words = rows + self.tokens * spread(self.levels) + 4 * UNITS;
+        4 * words as usize <= client.properties().hardware.max_shared_memory_size
+    }
+}
+
+/// From one row of so many words to the next one: eight rows, four words each, are in different banks.
+const fn spread(words: u32) -> u32 {
+    words + (12 - words % 8) % 8
+}
 
 /// Whether this device has them.
 pub(super) fn are_there<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
@@ -159,8 +197,8 @@ pub(super) fn many(x: &Operands, weight: &Packed, addends: &Addends, out: &mut A
 
 /// A cube computes [`FEW_ROWS`] rows of one choice, or of up to [`FEW`] tokens, or choices, that share the matrix.
 #[cube(launch_unchecked)]
-pub(super) fn few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>) {
-    block_of_few(x, weight, addends, out, CUBE_POS_X);
+pub(super) fn few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>, #[comptime] stage: Stage) {
+    block_of_few(x, weight, addends, out, CUBE_POS_X, &mut staged(stage), stage);
 }
 
 /// [`few`] of three matrices, one after the other.
@@ -178,19 +216,50 @@ pub(super) fn few_of_three(
     third_out: &mut Array<f32>,
     first_blocks: u32,
     second_blocks: u32,
+    #[comptime] stage: Stage,
 ) {
+    let mut staged = staged(stage);
     if CUBE_POS_X < first_blocks {
-        block_of_few(x, first, to_first, first_out, CUBE_POS_X);
+        block_of_few(x, first, to_first, first_out, CUBE_POS_X, &mut staged, stage);
     } else if CUBE_POS_X < first_blocks + second_blocks {
-        block_of_few(x, second, to_second, second_out, CUBE_POS_X - first_blocks);
+        block_of_few(x, second, to_second, second_out, CUBE_POS_X - first_blocks, &mut staged, stage);
     } else {
-        block_of_few(x, third, to_third, third_out, CUBE_POS_X - first_blocks - second_blocks);
+        let block = CUBE_POS_X - first_blocks - second_blocks;
+        block_of_few(x, third, to_third, third_out, block, &mut staged, stage);
     }
 }
 
-/// The planes of a cube share the depth, [`AHEAD`] steps of which they fetch at once.
+/// See [`Stage`].
+#[derive(CubeType)]
+struct Staged {
+    codes: SharedMemory<u32>,
+    scales: SharedMemory<u32>,
+    levels: SharedMemory<u32>,
+    /// What the planes of a cube found.
+    parts: SharedMemory<i32>,
+}
+
 #[cube]
-fn block_of_few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Array<f32>, block: u32) {
+fn staged(#[comptime] stage: Stage) -> Staged {
+    Staged {
+        codes: SharedMemory::<u32>::new(comptime!((FEW_ROWS * spread(stage.codes)) as usize)),
+        scales: SharedMemory::<u32>::new(comptime!((FEW_ROWS * stage.scales).max(1) as usize)),
+        levels: SharedMemory::<u32>::new(comptime!((stage.tokens * spread(stage.levels)) as usize)),
+        parts: SharedMemory::<i32>::new(comptime!((4 * UNITS) as usize)),
+    }
+}
+
+/// The planes of a cube share the depth.
+#[cube]
+fn block_of_few(
+    x: &Operands,
+    weight: &Packed,
+    addends: &Addends,
+    out: &mut Array<f32>,
+    block: u32,
+    staged: &mut Staged,
+    #[comptime] stage: Stage,
+) {
     let (line, quarter, plane) = (UNIT_POS % PLANE / 4, UNIT_POS % 4, UNIT_POS / PLANE);
     let first_row = block * FEW_ROWS;
     // Where the first choice stands in the order, how many there are, and their matrix.
@@ -214,8 +283,16 @@ fn block_of_few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Arra
     if matrix >= weight.matrices {
         terminate!();
     }
-    let input = x.input_of(x.choice_at(first + min(line, width - 1))) * x.level_words + quarter;
-    let mut parts = SharedMemory::<i32>::new(comptime!((4 * UNITS) as usize));
+    #[unroll]
+    for n in 0..comptime!((stage.tokens * stage.levels).div_ceil(UNITS)) {
+        let place = n * UNITS + UNIT_POS;
+        let (token, word) = (place / stage.levels, place % stage.levels);
+        if token < width {
+            let input = x.input_of(x.choice_at(first + token));
+            staged.levels[(token * comptime!(spread(stage.levels)) + word) as usize] =
+                x.levels[(input * stage.levels + word) as usize];
+        }
+    }
     // Who adds up what the planes found: of a row and a choice each.
     let (own_row, own_choice) = (first_row + line + plane / 2 * 8, 2 * quarter + plane % 2);
     let is_own = plane < 4 && own_row < weight.rows && own_choice < width;
@@ -234,45 +311,29 @@ fn block_of_few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Arra
     let mut y = f32::new(0.0);
     #[unroll]
     for weight_plane in 0..weight.shape.planes {
-        let mut rows = Array::<u32>::new(2usize);
         let mut totals = Array::<i32>::new(4usize);
-        #[unroll]
-        for side in 0..2u32 {
-            let row = min(first_row + line + 8 * side, weight.rows - 1);
-            rows[comptime!(side as usize)] = weight.row(matrix, weight_plane, row);
-        }
         #[unroll]
         for number in 0..4usize {
             totals[number] = 0;
         }
-        let mut fetched = Fetched {
-            input,
-            is_there: line < width,
-            quarter,
-            levels: Array::<u32>::new(comptime!((4 * AHEAD) as usize)),
-            codes: Array::<u32>::new(comptime!((2 * AHEAD * raw_words(weight.shape.format)) as usize)),
-            scales: Array::<u32>::new(comptime!((2 * AHEAD) as usize)),
-        };
-        // All of it is fetched before the first product waits: a compiler would put it off within one block of operations.
+        stage_rows(weight, weight.row(matrix, weight_plane, 0), first_row, staged, stage);
+        sync_cube();
         let mut at = plane * STEP;
-        fetched.bring(x, weight, &rows, at);
-        while at < x.level_words {
-            fetched.add(x, weight, &rows, at, &mut totals);
-            at += comptime!(AHEAD * STEP * UNITS / PLANE);
-            if at < x.level_words {
-                fetched.bring(x, weight, &rows, at);
-            }
+        while at < stage.levels {
+            let row = weight.row(matrix, weight_plane, first_row + line);
+            add_staged(weight, staged, row, line, quarter, line < width, at, &mut totals, stage);
+            at += comptime!(STEP * UNITS / PLANE);
         }
         #[unroll]
         for number in 0..4u32 {
-            parts[(number * UNITS + UNIT_POS) as usize] = totals[comptime!(number as usize)];
+            staged.parts[(number * UNITS + UNIT_POS) as usize] = totals[comptime!(number as usize)];
         }
         sync_cube();
         if is_own {
             let mut total = i32::new(0);
             #[unroll]
             for other in 0..comptime!(UNITS / PLANE) {
-                total += parts[(plane * UNITS + other * PLANE + UNIT_POS % PLANE) as usize];
+                total += staged.parts[(plane * UNITS + other * PLANE + UNIT_POS % PLANE) as usize];
             }
             y += f32::cast_from(total) * (row_scales[comptime!(weight_plane as usize)] * scale);
         }
@@ -283,82 +344,92 @@ fn block_of_few(x: &Operands, weight: &Packed, addends: &Addends, out: &mut Arra
     }
 }
 
-/// What a unit needs for [`AHEAD`] steps, as it is stored.
-#[derive(CubeType)]
-struct Fetched {
-    /// Where its token's words are, if there is such a token.
-    input: u32,
-    is_there: bool,
-    /// Which of four neighbours it is.
-    quarter: u32,
-    levels: Array<u32>,
-    /// Of each step, those of both rows.
-    codes: Array<u32>,
-    scales: Array<u32>,
-}
-
+/// Brings the codes and the group scales of a block of rows of a matrix's plane, whose row 0 is `matrix_row`. What comes after
+/// its last row is the last one again.
 #[cube]
-impl Fetched {
-    fn bring(&mut self, x: &Operands, weight: &Packed, rows: &Array<u32>, at: u32) {
-        let raw = comptime!(raw_words(weight.shape.format));
+fn stage_rows(weight: &Packed, matrix_row: u32, first_row: u32, staged: &mut Staged, #[comptime] stage: Stage) {
+    #[unroll]
+    for n in 0..comptime!((FEW_ROWS * stage.codes).div_ceil(UNITS)) {
+        let place = n * UNITS + UNIT_POS;
+        let (line, word) = (place / stage.codes, place % stage.codes);
+        if line < FEW_ROWS {
+            let row = matrix_row + min(first_row + line, weight.rows - 1);
+            staged.codes[(line * comptime!(spread(stage.codes)) + word) as usize] = weight.word(row, word);
+        }
+    }
+    if comptime!(stage.scales > 0) {
         #[unroll]
-        for ahead in 0..AHEAD {
-            let step = at + ahead * comptime!(STEP * UNITS / PLANE);
-            let known = min(step, x.level_words - STEP);
-            #[unroll]
-            for side in 0..2u32 {
-                let row = rows[comptime!(side as usize)];
-                bring_words(weight, row, known, self.quarter, &mut self.codes, comptime!((2 * ahead + side) * raw));
-                self.scales[comptime!((2 * ahead + side) as usize)] = weight.group_scale_word(row, known);
-            }
-            #[unroll]
-            for part in 0..4u32 {
-                // Zeros make whatever they are multiplied with nothing.
-                let mut word = u32::new(0);
-                if self.is_there && step < x.level_words {
-                    word = x.levels[(self.input + known + 4 * part) as usize];
-                }
-                self.levels[comptime!((4 * ahead + part) as usize)] = word;
+        for n in 0..comptime!((FEW_ROWS * stage.scales).div_ceil(UNITS)) {
+            let place = n * UNITS + UNIT_POS;
+            let (line, word) = (place / stage.scales, place % stage.scales);
+            if line < FEW_ROWS {
+                let row = matrix_row + min(first_row + line, weight.rows - 1);
+                staged.scales[place as usize] = weight.group_scale_words(row, word);
             }
         }
     }
+}
 
-    /// Adds the products to the totals of a plane.
-    fn add(&self, x: &Operands, weight: &Packed, rows: &Array<u32>, at: u32, totals: &mut Array<i32>) {
-        let raw = comptime!(raw_words(weight.shape.format));
+/// Adds the products of [`STEP`] words of the inputs, one group, to a plane's totals. `row` is the first of the two rows of this
+/// unit, number `line` of the block; there may be no token `line`.
+#[cube]
+fn add_staged(
+    weight: &Packed,
+    staged: &Staged,
+    row: u32,
+    line: u32,
+    quarter: u32,
+    is_there: bool,
+    at: u32,
+    totals: &mut Array<i32>,
+    #[comptime] stage: Stage,
+) {
+    let raw = comptime!(raw_words(weight.shape.format));
+    let mut codes = Array::<u32>::new(comptime!((2 * raw) as usize));
+    #[unroll]
+    for side in 0..2u32 {
+        let first = (line + 8 * side) * comptime!(spread(stage.codes));
         #[unroll]
-        for ahead in 0..AHEAD {
-            let known = min(at + ahead * comptime!(STEP * UNITS / PLANE), x.level_words - STEP);
-            let mut sums = zeros();
-            #[unroll]
-            for depth in 0..2u32 {
-                let mut a = Array::<Vector<i8, Const<4>>>::new(4usize);
-                let mut b = Array::<Vector<i8, Const<4>>>::new(2usize);
-                #[unroll]
-                for half in 0..2u32 {
-                    let part = comptime!(2 * depth + half);
-                    let word = self.levels[comptime!((4 * ahead + part) as usize)];
-                    b[comptime!(half as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
-                    #[unroll]
-                    for side in 0..2u32 {
-                        let from = comptime!((2 * ahead + side) * raw);
-                        let word = codes_of(weight, &self.codes, from, part, known, self.quarter);
-                        a[comptime!((2 * half + side) as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
-                    }
-                }
-                units().execute_inplace(&a, &b, &mut sums);
-                units().execute_inplace(&minus_ones(), &b, &mut sums);
-            }
+        for part in 0..raw {
+            let word = weight.word_of(at + 4 * part + quarter);
+            codes[comptime!((side * raw + part) as usize)] = staged.codes[(first + word) as usize];
+        }
+    }
+    let mut sums = zeros();
+    #[unroll]
+    for depth in 0..2u32 {
+        let mut a = Array::<Vector<i8, Const<4>>>::new(4usize);
+        let mut b = Array::<Vector<i8, Const<4>>>::new(2usize);
+        #[unroll]
+        for half in 0..2u32 {
+            let part = comptime!(2 * depth + half);
+            let token = min(line, comptime!(stage.tokens - 1));
+            let word = staged.levels[(token * comptime!(spread(stage.levels)) + at + 4 * part + quarter) as usize];
+            // Zeros make whatever they are multiplied with nothing.
+            let word = select(is_there, word, u32::new(0));
+            b[comptime!(half as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
             #[unroll]
             for side in 0..2u32 {
-                let word = self.scales[comptime!((2 * ahead + side) as usize)];
-                let scale = weight.group_scale_of(word, rows[comptime!(side as usize)], known);
-                let pair = sums[comptime!(side as usize)];
-                #[unroll]
-                for n in 0..2u32 {
-                    totals[comptime!((2 * side + n) as usize)] += scale * pair[comptime!(n as usize)];
-                }
+                let word = codes_of(weight, &codes, comptime!(side * raw), part, at, quarter);
+                a[comptime!((2 * half + side) as usize)] = Vector::<i8, Const<4>>::reinterpret(word);
             }
+        }
+        units().execute_inplace(&a, &b, &mut sums);
+        units().execute_inplace(&minus_ones(), &b, &mut sums);
+    }
+    #[unroll]
+    for side in 0..2u32 {
+        let mut scale = i32::new(1);
+        if comptime!(stage.scales > 0) {
+            // Rows past the last one have its scales, and are not written.
+            let byte = weight.group_scale_byte(row + 8 * side, at);
+            let word = staged.scales[((line + 8 * side) * stage.scales + byte / 4) as usize];
+            scale = i32::cast_from((word >> (byte % 4 * 8)) & 255);
+        }
+        let pair = sums[comptime!(side as usize)];
+        #[unroll]
+        for n in 0..2u32 {
+            totals[comptime!((2 * side + n) as usize)] += scale * pair[comptime!(n as usize)];
         }
     }
 }

@@ -110,9 +110,14 @@ impl Packed {
 
     /// The word that holds the codes of the activations at `place`.
     pub(super) fn word_at(&self, row: u32, place: u32) -> u32 {
+        self.word(row, self.word_of(place))
+    }
+
+    /// Which of a row's words that is.
+    pub(super) fn word_of(&self, place: u32) -> u32 {
         match comptime!(self.shape.format) {
-            CodeFormat::T2 => self.word(row, place / 16 * 4 + place % 4),
-            CodeFormat::T5 => self.word(row, place % self.words),
+            CodeFormat::T2 => place / 16 * 4 + place % 4,
+            CodeFormat::T5 => place % self.words,
         }
     }
 
@@ -158,6 +163,17 @@ impl Packed {
             scale = i32::cast_from((word >> (self.group_scale_at(row, place) % 4 * 8)) & 255);
         }
         scale
+    }
+
+    /// Word `number` of those that hold a row's group scales, at most the last one.
+    pub(super) fn group_scale_words(&self, row: u32, number: u32) -> u32 {
+        let first = row * self.group_scale_pitch;
+        self.group_scales[min(first / 4 + number, (first + self.groups - 1) / 4) as usize]
+    }
+
+    /// Which of their bytes is the scale of the activations at `place`.
+    pub(super) fn group_scale_byte(&self, row: u32, place: u32) -> u32 {
+        self.group_scale_at(row, place) - row * self.group_scale_pitch / 4 * 4
     }
 
     /// Which of all group scales.
