@@ -15,10 +15,8 @@ const NORMED: usize = 4;
 const MOST_UNITS: usize = 1024;
 /// Units that route a token at most.
 const MOST_ROUTERS: usize = 512;
-/// Experts that a unit looks after.
-const OWN: u32 = 4;
 /// Inputs whose weights a unit fetches together.
-const AHEAD: u32 = 8;
+const AHEAD: u32 = 20;
 
 /// [`rms_norm`](crate::rms_norm) of `x [tokens, hidden]`.
 pub(super) fn rms_norm<R: CubeRuntime>(x: CubeTensor<R>, gamma: CubeTensor<R>, epsilon: f32) -> CubeTensor<R> {
@@ -114,87 +112,84 @@ fn route_kernel(
     bias: &Array<f32>,
     chosen: &mut Array<i32>,
     weights: &mut Array<f32>,
-    hidden: u32,
+    #[comptime] hidden: u32,
     #[comptime] k: u32,
     #[comptime] experts: u32,
     #[comptime] units: u32,
 ) {
-    // Without a norm, its array is not looked at.
-    choose(x, x, 1.0, weight, bias, chosen, weights, CUBE_POS_X, hidden, k, experts, units, false);
+    let token = CUBE_POS_X;
+    let mut inputs = SharedMemory::<f32>::new(comptime!(inputs_room(hidden) as usize));
+    let mut i = UNIT_POS;
+    while i < hidden {
+        inputs[place_of(i) as usize] = x[(token * hidden + i) as usize];
+        i += units;
+    }
+    sync_cube();
+    choose(&inputs, weight, bias, chosen, weights, token, hidden, k, experts, units);
 }
 
-/// A cube chooses the experts of a token: what it is multiplied with is `norm`, and where it is `normed`, `gamma` as well.
-/// Runs of units share the inputs. An expert's rank is how many are better, or as good and before it.
+/// Where input `i` of a token is kept: units that bring eight of them each do not wait for each other.
+#[cube]
+pub(super) fn place_of(i: u32) -> u32 {
+    i + i / 8
+}
+
+/// Room for so many inputs.
+pub(super) const fn inputs_room(count: u32) -> u32 {
+    count + count.div_ceil(8)
+}
+
+/// A cube chooses the experts of a token from its inputs, which are in shared memory: see [`place_of`]. Neighbouring units look
+/// at neighbouring experts, and runs of them share the inputs. An expert's rank is how many are better, or as good and before it.
 #[cube]
 pub(super) fn choose(
-    x: &Array<f32>,
-    gamma: &Array<f32>,
-    norm: f32,
+    inputs: &SharedMemory<f32>,
     weight: &Array<f32>,
     bias: &Array<f32>,
     chosen: &mut Array<i32>,
     weights: &mut Array<f32>,
     token: u32,
-    hidden: u32,
+    #[comptime] hidden: u32,
     #[comptime] k: u32,
     #[comptime] experts: u32,
     #[comptime] units: u32,
-    #[comptime] normed: bool,
 ) {
-    let run_width = comptime!(experts.div_ceil(OWN).next_power_of_two().min(units));
-    let (runs, width) = comptime!((units / run_width, run_width * OWN));
-    let (run, place) = (UNIT_POS / run_width, UNIT_POS % run_width * OWN);
-    let mut sums = SharedMemory::<f32>::new(comptime!((units * OWN) as usize));
+    let width = comptime!(experts.next_power_of_two().min(units));
+    let runs = comptime!(units / width);
+    let (run, place) = (UNIT_POS / width, UNIT_POS % width);
+    let mut sums = SharedMemory::<f32>::new(comptime!(units as usize));
     let mut scores = SharedMemory::<f32>::new(comptime!(experts as usize));
     let mut broken = SharedMemory::<u32>::new(comptime!(experts as usize));
     let mut best = SharedMemory::<f32>::new(comptime!(k as usize));
     #[unroll]
     for block in 0..comptime!(experts.div_ceil(width)) {
-        let first = block * width;
-        let mut own = Array::<f32>::new(comptime!(OWN as usize));
-        #[unroll]
-        for e in 0..OWN {
-            own[comptime!(e as usize)] = 0.0;
-        }
+        let expert = block * width + place;
+        let known_expert = min(expert, comptime!(experts - 1));
+        let mut own = f32::new(0.0);
         let mut input = run;
         while input < hidden {
             // Nothing here depends on a condition, so that all is fetched together.
             #[unroll]
             for n in 0..AHEAD {
-                let known = min(input + n * runs, hidden - 1);
-                let mut value = x[(token * hidden + known) as usize];
-                if comptime!(normed) {
-                    value *= gamma[known as usize];
-                }
-                let value = select(input + n * runs < hidden, value, f32::new(0.0));
-                #[unroll]
-                for e in 0..OWN {
-                    let expert = min(first + place + e, comptime!(experts - 1));
-                    own[comptime!(e as usize)] += value * weight[(known * experts + expert) as usize];
-                }
+                let known = min(input + n * runs, comptime!(hidden - 1));
+                let value = select(input + n * runs < hidden, inputs[place_of(known) as usize], f32::new(0.0));
+                own += value * weight[(known * experts + known_expert) as usize];
             }
             input += comptime!(AHEAD * runs);
         }
-        #[unroll]
-        for e in 0..OWN {
-            sums[(run * width + place + e) as usize] = own[comptime!(e as usize)];
-        }
+        sums[UNIT_POS as usize] = own;
         sync_cube();
-        let mut number = UNIT_POS;
-        while number < width {
-            let expert = first + number;
-            if expert < experts {
-                let mut score = f32::new(0.0);
-                for run in 0..runs {
-                    score += sums[(run * width + number) as usize];
-                }
-                score = score * norm + bias[expert as usize];
-                // NaN has no rank, so that it does not leave a place empty.
-                let is_broken = is_nan(score);
-                broken[expert as usize] = u32::cast_from(is_broken);
-                scores[expert as usize] = select(is_broken, f32::new(f32::MIN), score);
+        if run == 0 && expert < experts {
+            let mut score = f32::new(0.0);
+            #[unroll]
+            for run in 0..runs {
+                score += sums[(run * width + place) as usize];
             }
-            number += units;
+            score += bias[expert as usize];
+            // NaN has no rank, so that it does not leave a place empty.
+            let is_broken = is_nan(score);
+            broken[expert as usize] = u32::cast_from(is_broken);
+            scores[expert as usize] = select(is_broken, f32::new(f32::MIN), score);
         }
         sync_cube();
     }

@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 use super::{
     buffer::room,
     device::{Join, factor_of, is_finite, is_nan, joined, nan, round, signs, units_for},
-    routing::choose,
+    routing::{choose, inputs_room, place_of},
 };
 use crate::{
     format::{BLOCK, Rotation, TernaryLayout},
@@ -108,6 +108,7 @@ pub(super) fn quantize_and_route<R: CubeRuntime>(
             weights,
             Rounding::launch(layout, units, Kind::Normed),
             epsilon,
+            layout.in_features as u32,
             k as u32,
             experts as u32,
         );
@@ -164,7 +165,9 @@ fn quantize_kernel(
     first: f32,
     second: f32,
 ) {
-    quantize_token(x, gamma, levels, scales, rounding, first, second);
+    let mut values = bring(x, gamma, rounding, first, second);
+    let mut run = SharedMemory::<f32>::new(comptime!((SPREAD * rounding.units) as usize));
+    round_token(&mut values, levels, scales, rounding, &mut run);
 }
 
 #[cube(launch)]
@@ -179,31 +182,38 @@ fn quantize_and_route_kernel(
     weights: &mut Array<f32>,
     rounding: &Rounding,
     epsilon: f32,
+    #[comptime] hidden: u32,
     #[comptime] k: u32,
     #[comptime] experts: u32,
 ) {
-    let norm = quantize_token(x, gamma, levels, scales, rounding, epsilon, 0.0);
-    let (token, hidden) = (CUBE_POS_X, rounding.in_features);
-    choose(x, gamma, norm, router, bias, chosen, weights, token, hidden, k, experts, comptime!(rounding.units), true);
+    let units = comptime!(rounding.units);
+    let mut values = bring(x, gamma, rounding, epsilon, 0.0);
+    let mut run = SharedMemory::<f32>::new(comptime!((SPREAD * units).max(inputs_room(hidden)) as usize));
+    #[unroll]
+    for n in 0..comptime!(OWN * rounds_of(rounding.words, units)) {
+        let i = n / OWN * OWN * units + OWN * UNIT_POS + n % OWN;
+        if i < hidden {
+            run[place_of(i) as usize] = values[comptime!(n as usize)];
+        }
+    }
+    sync_cube();
+    choose(&run, router, bias, chosen, weights, CUBE_POS_X, hidden, k, experts, units);
+    sync_cube();
+    round_token(&mut values, levels, scales, rounding, &mut run);
 }
 
-/// A cube rounds a token, and tells what a norm multiplied it with, `gamma` apart.
+/// How often the units of a cube take [`OWN`] numbers each of a token of so many words.
+const fn rounds_of(words: u32, units: u32) -> u32 {
+    (4 * words).div_ceil(OWN * units)
+}
+
+/// A unit's numbers of a token, as they are before the rotation, zeros past its end.
 #[cube]
-fn quantize_token(
-    x: &Array<f32>,
-    gamma: &Array<f32>,
-    levels: &mut Array<u32>,
-    scales: &mut Array<f32>,
-    rounding: &Rounding,
-    first: f32,
-    second: f32,
-) -> f32 {
+fn bring(x: &Array<f32>, gamma: &Array<f32>, rounding: &Rounding, first: f32, second: f32) -> Array<f32> {
     let token = CUBE_POS_X;
     let in_features = rounding.in_features;
-    let (words, units) = comptime!((rounding.words, rounding.units));
-    let (kind, rotation) = comptime!((rounding.kind, rounding.rotation));
-    let mut norm = f32::new(1.0);
-    let rounds = comptime!((4 * words).div_ceil(OWN * units));
+    let (units, kind) = comptime!((rounding.units, rounding.kind));
+    let rounds = comptime!(rounds_of(rounding.words, units));
     let mut values = Array::<f32>::new(comptime!((OWN * rounds) as usize));
     let mut factors = Array::<f32>::new(comptime!((OWN * rounds) as usize));
     let mut sum = f32::new(0.0);
@@ -223,7 +233,7 @@ fn quantize_token(
     if comptime!(kind == Kind::Normed) {
         let mut sums = SharedMemory::<f32>::new(comptime!(units as usize));
         let sum = joined(sum, &mut sums, units, Join::Sum);
-        norm = 1.0 / f32::sqrt(sum / f32::cast_from(in_features) + first);
+        let norm = 1.0 / f32::sqrt(sum / f32::cast_from(in_features) + first);
         #[unroll]
         for n in 0..comptime!(OWN * rounds) {
             let i = n / OWN * OWN * units + OWN * UNIT_POS + n % OWN;
@@ -232,6 +242,21 @@ fn quantize_token(
             }
         }
     }
+    values
+}
+
+/// A cube rotates and rounds a token.
+#[cube]
+fn round_token(
+    values: &mut Array<f32>,
+    levels: &mut Array<u32>,
+    scales: &mut Array<f32>,
+    rounding: &Rounding,
+    run: &mut SharedMemory<f32>,
+) {
+    let token = CUBE_POS_X;
+    let (words, units, rotation) = comptime!((rounding.words, rounding.units, rounding.rotation));
+    let rounds = comptime!(rounds_of(words, units));
     // Numbers without a sign are ordered as their bits; what is not finite is the largest.
     let mut largest = u32::new(0);
     #[unroll]
@@ -245,7 +270,7 @@ fn quantize_token(
         #[unroll]
         for round in 0..rounds {
             let seed = (rounding.seed_low, rounding.seed_high);
-            rotate(&mut values, comptime!(OWN * round), seed, units, comptime!(rotation.unwrap_or(1)));
+            rotate(values, comptime!(OWN * round), seed, units, comptime!(rotation.unwrap_or(1)), run);
         }
     }
     #[unroll]
@@ -273,7 +298,6 @@ fn quantize_token(
     if UNIT_POS == 0 {
         scales[token as usize] = select(is_finite(largest), scale, nan());
     }
-    norm
 }
 
 /// The rotation of [`OWN`] numbers of each unit, from `at` on: signs, then the Walsh-Hadamard transform of each run of `width`
@@ -285,8 +309,8 @@ fn rotate(
     seed: (u32, u32),
     #[comptime] units: u32,
     #[comptime] width: u32,
+    run: &mut SharedMemory<f32>,
 ) {
-    let mut run = SharedMemory::<f32>::new(comptime!((SPREAD * units) as usize));
     // A block of 64 numbers has 64 signs.
     let first = at * units + OWN * UNIT_POS;
     let signs = signs(first / 64, seed.0, seed.1);
