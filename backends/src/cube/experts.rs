@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 use super::{
     buffer::{begin, float_rows, floats, room},
     device::{Join, joined, nan},
+    few_units,
     linear::{is_tiled, products},
     matrix_units,
     operands::{Matrices, Plan, Routes, TILE, Term},
@@ -120,7 +121,7 @@ fn tile<R: CubeRuntime>(chosen: &CubeTensor<R>, experts: usize) -> Option<u32> {
     if is_tiled(choices / experts.max(1)) {
         Some(TILE)
     } else {
-        (choices > experts && matrix_units::are_there(&chosen.client)).then_some(matrix_units::FEW)
+        (choices > experts && matrix_units::are_there(&chosen.client)).then_some(few_units::FEW)
     }
 }
 

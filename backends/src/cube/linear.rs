@@ -7,7 +7,8 @@ use cubecl::prelude::*;
 
 use super::{
     device::{Join, joined},
-    matrix_units::{self, Stage},
+    few_units::{self, Stage},
+    matrix_units,
     operands::{Addends, Matrices, Operands, Routes, TILE, Term},
     tokens::Tokens,
     weight::{Packed, digit, dot, level},
@@ -56,7 +57,7 @@ pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
     let (client, product) = (out.client.clone(), out.clone().into_array_arg());
     let has_units = matrix_units::are_there(&client);
     let (is_few, tiles) = match &routes {
-        None if choices < least_tiled(has_units) => (true, choices.div_ceil(matrix_units::FEW as usize)),
+        None if choices < least_tiled(has_units) => (true, choices.div_ceil(few_units::FEW as usize)),
         None => (false, choices.div_ceil(TILE as usize)),
         Some(Routes { plan: None, .. }) => (true, choices),
         Some(Routes { plan: Some(plan), .. }) => (plan.tile < TILE, plan.count),
@@ -67,12 +68,10 @@ pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
     let cubes = |rows_a_cube, tiles| CubeCount::Static((rows as u32).div_ceil(rows_a_cube), tiles as u32, 1);
     match (is_few, has_units) {
         (true, true) if stage.fits(&client) => {
-            let (cubes, dim) = (cubes(matrix_units::FEW_ROWS, tiles), CubeDim::new_1d(matrix_units::UNITS));
+            let (cubes, dim) = (cubes(few_units::FEW_ROWS, tiles), CubeDim::new_1d(matrix_units::UNITS));
             // SAFETY: see `matrix_units`.
             unsafe {
-                matrix_units::few::launch_unchecked::<R>(
-                    &client, cubes, dim, operands, weight, addends, product, stage,
-                );
+                few_units::few::launch_unchecked::<R>(&client, cubes, dim, operands, weight, addends, product, stage);
             }
         }
         (true, _) => {
@@ -106,13 +105,13 @@ pub(super) fn three_products<R: CubeRuntime, F: FloatElement, I: IntElement, BT:
     if x.count == 0 || x.count >= least_tiled(has_units) || !has_units || !are_alike {
         return terms.map(|term| products(x, term, Matrices::One(0)));
     }
-    let blocks = terms.each_ref().map(|term| (term.weight.layout.rows as u32).div_ceil(matrix_units::FEW_ROWS));
+    let blocks = terms.each_ref().map(|term| (term.weight.layout.rows as u32).div_ceil(few_units::FEW_ROWS));
     let [(a, to_a, first), (b, to_b, second), (c, to_c, third)] = terms.map(|term| term.launch(x, x.count));
     // SAFETY: see `matrix_units`.
     unsafe {
-        matrix_units::few_of_three::launch_unchecked::<R>(
+        few_units::few_of_three::launch_unchecked::<R>(
             &client,
-            CubeCount::Static(blocks.iter().sum(), x.count.div_ceil(matrix_units::FEW as usize) as u32, 1),
+            CubeCount::Static(blocks.iter().sum(), x.count.div_ceil(few_units::FEW as usize) as u32, 1),
             CubeDim::new_1d(matrix_units::UNITS),
             x.operands(0, None),
             a,

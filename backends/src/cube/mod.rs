@@ -23,6 +23,7 @@ mod buffer;
 mod device;
 pub mod devices;
 mod experts;
+mod few_units;
 mod largest;
 mod linear;
 mod matrix_units;
