@@ -144,16 +144,7 @@ fn block_of_few(
     if matrix >= weight.matrices {
         terminate!();
     }
-    #[unroll]
-    for n in 0..comptime!((stage.tokens * stage.levels).div_ceil(UNITS)) {
-        let place = n * UNITS + UNIT_POS;
-        let (token, word) = (place / stage.levels, place % stage.levels);
-        if token < width {
-            let input = x.input_of(x.choice_at(first + token));
-            staged.levels[(token * comptime!(spread(stage.levels)) + word) as usize] =
-                x.levels[(input * stage.levels + word) as usize];
-        }
-    }
+    stage_tokens(x, first, width, staged, stage);
     // Who adds up what the planes found: of a row and a choice each.
     let (own_row, own_choice) = (first_row + line + plane / 2 * 8, 2 * quarter + plane % 2);
     let is_own = plane < 4 && own_row < weight.rows && own_choice < width;
@@ -205,29 +196,59 @@ fn block_of_few(
     }
 }
 
-/// Brings the codes and the group scales of a block of rows of a matrix's plane, whose row 0 is `matrix_row`. What comes after
-/// its last row is the last one again.
+/// Brings the words of `width` tokens, whose choices stand from place `first` on.
+///
+/// As in [`stage_rows`], nothing depends on a condition, so that all is fetched together: what there is nothing for brings the last
+/// word, or the last token, once more.
+#[cube]
+fn stage_tokens(x: &Operands, first: u32, width: u32, staged: &mut Staged, #[comptime] stage: Stage) {
+    let words = comptime!(stage.tokens * stage.levels);
+    let own = comptime!(words.div_ceil(UNITS));
+    let mut fetched = Array::<u32>::new(comptime!(own as usize));
+    #[unroll]
+    for n in 0..own {
+        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
+        let input = x.input_of(x.choice_at(first + min(place / stage.levels, width - 1)));
+        fetched[comptime!(n as usize)] = x.levels[(input * stage.levels + place % stage.levels) as usize];
+    }
+    #[unroll]
+    for n in 0..own {
+        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
+        let to = place / stage.levels * comptime!(spread(stage.levels)) + place % stage.levels;
+        staged.levels[to as usize] = fetched[comptime!(n as usize)];
+    }
+}
+
+/// Brings the codes and the group scales of a block of rows of a matrix's plane, whose row 0 is `matrix_row`.
 #[cube]
 fn stage_rows(weight: &Packed, matrix_row: u32, first_row: u32, staged: &mut Staged, #[comptime] stage: Stage) {
+    let words = comptime!(FEW_ROWS * stage.codes);
+    let own = comptime!(words.div_ceil(UNITS));
+    let scale_words = comptime!(FEW_ROWS * stage.scales);
+    let own_scales = comptime!(scale_words.div_ceil(UNITS));
+    let mut fetched = Array::<u32>::new(comptime!((own + own_scales) as usize));
     #[unroll]
-    for n in 0..comptime!((FEW_ROWS * stage.codes).div_ceil(UNITS)) {
-        let place = n * UNITS + UNIT_POS;
-        let (line, word) = (place / stage.codes, place % stage.codes);
-        if line < FEW_ROWS {
-            let row = matrix_row + min(first_row + line, weight.rows - 1);
-            staged.codes[(line * comptime!(spread(stage.codes)) + word) as usize] = weight.word(row, word);
-        }
+    for n in 0..own {
+        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
+        let row = matrix_row + min(first_row + place / stage.codes, weight.rows - 1);
+        fetched[comptime!(n as usize)] = weight.word(row, place % stage.codes);
     }
-    if comptime!(stage.scales > 0) {
-        #[unroll]
-        for n in 0..comptime!((FEW_ROWS * stage.scales).div_ceil(UNITS)) {
-            let place = n * UNITS + UNIT_POS;
-            let (line, word) = (place / stage.scales, place % stage.scales);
-            if line < FEW_ROWS {
-                let row = matrix_row + min(first_row + line, weight.rows - 1);
-                staged.scales[place as usize] = weight.group_scale_words(row, word);
-            }
-        }
+    #[unroll]
+    for n in 0..own_scales {
+        let place = min(n * UNITS + UNIT_POS, comptime!(scale_words - 1));
+        let row = matrix_row + min(first_row + place / stage.scales, weight.rows - 1);
+        fetched[comptime!((own + n) as usize)] = weight.group_scale_words(row, place % stage.scales);
+    }
+    #[unroll]
+    for n in 0..own {
+        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
+        let to = place / stage.codes * comptime!(spread(stage.codes)) + place % stage.codes;
+        staged.codes[to as usize] = fetched[comptime!(n as usize)];
+    }
+    #[unroll]
+    for n in 0..own_scales {
+        let place = min(n * UNITS + UNIT_POS, comptime!(scale_words - 1));
+        staged.scales[place as usize] = fetched[comptime!((own + n) as usize)];
     }
 }
 
