@@ -63,7 +63,7 @@ pub(super) fn attention<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
         units: units_for(&q.client, (SHARERS as usize * seen(caches, new)).max(UNITS[0]), UNITS[1]),
     };
     if new == 1 {
-        attention.of_steps([q, k, v], tables, &buffers);
+        attention.attend([q, k, v], tables, &buffers, true);
     } else {
         let turned = room(&q, [tokens, heads * head_dim], DType::F32);
         buffers.place([q, k, v], tables, &turned, &attention.places);
@@ -111,20 +111,16 @@ impl<R: CubeRuntime> Launch<R> {
         (self.heads / self.kv_heads) as u32
     }
 
-    /// One more token of each sequence, whose key and value the same launch takes in.
-    fn of_steps(self, qkv: [CubeTensor<R>; 3], tables: [CubeTensor<R>; 2], buffers: &Buffers<R>) {
-        self.launch(qkv, tables, buffers, true);
-    }
-
     /// A few tokens of each sequence, whose keys and values are in their places already.
     fn of_few(self, turned: CubeTensor<R>, buffers: &Buffers<R>) {
         // What is in its place is not looked at again.
         let other = || self.sinks.clone();
         let (qkv, tables) = ([turned, other(), other()], [other(), other()]);
-        self.launch(qkv, tables, buffers, false);
+        self.attend(qkv, tables, buffers, false);
     }
 
-    fn launch(self, qkv: [CubeTensor<R>; 3], tables: [CubeTensor<R>; 2], buffers: &Buffers<R>, step: bool) {
+    /// A few tokens of each sequence, or in a `step` one more of each, whose key and value the same launch takes in.
+    fn attend(self, qkv: [CubeTensor<R>; 3], tables: [CubeTensor<R>; 2], buffers: &Buffers<R>, step: bool) {
         let (width, group) = (self.width(), self.group());
         let Self { places, sinks, out, tokens, heads, head_dim, window, scale, units, .. } = self;
         let sequences = places.launch(&sinks);
