@@ -43,8 +43,11 @@ use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 
 use crate::{
     format::TernaryWeight,
-    ops::{BiasedWeight, ExpertLayer, LayerCache, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts},
-    reference::each_alone,
+    ops::{
+        BiasedWeight, ExpertLayer, LayerCache, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts,
+        layer_by_parts,
+    },
+    reference::{self, each_alone},
 };
 use buffer::{float_rows, floats, integers, tensor};
 use linear::{products, three_products};
@@ -112,7 +115,11 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         bias: Tensor<Self, 1>,
         k: usize,
     ) -> (Tensor<Self, 2, Int>, Tensor<Self, 2>) {
-        let (chosen, weights) = routing::route(floats(x), floats(weight), floats(bias), k);
+        let (inputs, router) = (floats(x.clone()), weight.dims());
+        if !routing::fits(&inputs.client, router) {
+            return reference::route(x, weight, bias, k);
+        }
+        let (chosen, weights) = routing::route(inputs, floats(weight), floats(bias), k);
         (Tensor::from_primitive(chosen), tensor(weights))
     }
 
@@ -126,7 +133,11 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
     }
 
     fn expert_layer(x: Tensor<Self, 2>, layer: &ExpertLayer<Self>) -> Tensor<Self, 2> {
-        tensor(experts::expert_layer(floats(x), layer))
+        let inputs = floats(x.clone());
+        if !routing::fits(&inputs.client, layer.router.dims()) {
+            return layer_by_parts(x, layer);
+        }
+        tensor(experts::expert_layer(inputs, layer))
     }
 
     fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {

@@ -2,11 +2,12 @@
 
 use burn::tensor::DType;
 use burn_cubecl::{CubeRuntime, tensor::CubeTensor};
-use cubecl::prelude::*;
+use cubecl::{client::ComputeClient, prelude::*};
 
 use super::{
     buffer::room,
     device::{Join, is_nan, joined, nan, units_for},
+    tokens::shared_words,
 };
 
 /// Numbers that a unit norms.
@@ -74,7 +75,13 @@ fn rms_norm_kernel(
     }
 }
 
-/// [`route`](crate::route): the numbers of the chosen experts, `I32`, and their weights, `[tokens, k]` each.
+/// Whether a cube of this device has room for the inputs of a router `[hidden, experts]`.
+pub(super) fn fits<R: CubeRuntime>(client: &ComputeClient<R>, [hidden, experts]: [usize; 2]) -> bool {
+    4 * (shared_words(hidden as u32) + 3 * experts) <= client.properties().hardware.max_shared_memory_size
+}
+
+/// [`route`](crate::route): the numbers of the chosen experts, `I32`, and their weights, `[tokens, k]` each. Not where a router
+/// does not [fit](fits).
 pub(super) fn route<R: CubeRuntime>(
     x: CubeTensor<R>,
     weight: CubeTensor<R>,

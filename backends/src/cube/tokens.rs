@@ -49,6 +49,14 @@ enum Kind {
     Gated,
 }
 
+/// Words of shared memory that [`quantize_and_route`] takes for tokens of so many numbers, experts apart: their own, and a sum, a
+/// maximum and a score for each unit.
+pub(super) const fn shared_words(hidden: u32) -> usize {
+    let spread = SPREAD as usize * MOST_UNITS;
+    let inputs = inputs_room(hidden) as usize;
+    3 * MOST_UNITS + if inputs > spread { inputs } else { spread }
+}
+
 /// Words of a rounded token: a kernel reads as many inputs as there are codes.
 pub(super) const fn level_words(layout: &TernaryLayout) -> usize {
     layout.packed_inputs().next_multiple_of(BLOCK) / 4
@@ -81,7 +89,8 @@ pub(super) fn quantize<R: CubeRuntime>(x: CubeTensor<R>, before: Before<R>, layo
 }
 
 /// The norm of [`rms_norm`](crate::rms_norm), then rounding for a weight of this layout, and the choice of `k` experts,
-/// their numbers, `I32`, and their weights, `[tokens, k]` each: see [`choose`].
+/// their numbers, `I32`, and their weights, `[tokens, k]` each: see [`choose`]. Not where a router does not
+/// [fit](super::routing::fits).
 pub(super) fn quantize_and_route<R: CubeRuntime>(
     x: CubeTensor<R>,
     (gamma, epsilon): (CubeTensor<R>, f32),

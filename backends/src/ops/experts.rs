@@ -105,3 +105,11 @@ pub fn expert_layer<B: TernaryBackend>(x: Tensor<B, 2>, layer: &ExpertLayer<B>) 
     let dtype = x.dtype();
     restore(timed(|| B::expert_layer(single(x), layer)), dtype)
 }
+
+/// [`expert_layer`] by the operations that it consists of.
+pub(crate) fn layer_by_parts<B: TernaryBackend>(x: Tensor<B, 2>, layer: &ExpertLayer<B>) -> Tensor<B, 2> {
+    let normed = B::rms_norm(x.clone(), layer.gamma.clone(), layer.epsilon);
+    let (router, bias) = (layer.router.clone(), layer.router_bias.clone());
+    let (chosen, weights) = B::route(normed.clone(), router, bias, layer.experts_per_token);
+    x + B::ternary_experts(normed, chosen, weights, &layer.experts)
+}

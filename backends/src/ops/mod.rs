@@ -32,6 +32,8 @@ pub use attention::{AttentionSpec, ScoreView, cached_attention, sink_attention};
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub(crate) use cache::Ring;
 pub use cache::{KvFormat, LayerCache};
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub(crate) use experts::layer_by_parts;
 pub use experts::{ClampedSwiGlu, ExpertLayer, TernaryExperts, expert_layer};
 pub use stopwatch::time_in_operations;
 pub use stored::{StoredFloat, StoredMatrix, screen, screen_bounds, stored_linear, stored_linear_at, stored_rows};
@@ -116,10 +118,7 @@ pub trait TernaryBackend: Backend {
     /// See [`expert_layer`].
     #[must_use]
     fn expert_layer(x: Tensor<Self, 2>, layer: &ExpertLayer<Self>) -> Tensor<Self, 2> {
-        let normed = Self::rms_norm(x.clone(), layer.gamma.clone(), layer.epsilon);
-        let (router, bias) = (layer.router.clone(), layer.router_bias.clone());
-        let (chosen, weights) = Self::route(normed.clone(), router, bias, layer.experts_per_token);
-        x + Self::ternary_experts(normed, chosen, weights, &layer.experts)
+        experts::layer_by_parts(x, layer)
     }
 
     /// See [`stored_linear`].
