@@ -140,6 +140,21 @@ proptest! {
 }
 
 #[test]
+fn a_router_wider_than_shared_memory_chooses_as_flex_does() {
+    if !device() {
+        return;
+    }
+    let (width, experts) = (100_000, 4);
+    let mut noise = Noise::new(8);
+    let (weight, bias) = (noise.floats(width * experts), noise.floats(experts));
+    // Scores near each other, so that no weight is nearly one.
+    let x: Vec<f32> = noise.floats(2 * width).iter().map(|x| x * 0.003).collect();
+    let [found, expected] = [routes::<Gpu>, routes::<Flex>].map(|run| run(&x, &weight, &bias, 2));
+    assert_eq!(found.0, expected.0);
+    assert_close(&found.1, &expected.1, BURNS_PRODUCTS.max(1e-4), "weights");
+}
+
+#[test]
 fn a_token_after_many_others_sees_them_all() {
     if !device() {
         return;
