@@ -9,7 +9,7 @@ use super::{
     attention_tiles,
     buffer::{begin, room},
     device::units_for,
-    ring::{Buffers, Places, Sequences, fit_together, prepared, turned},
+    ring::{Buffers, LEAST_SLOTS, Places, Sequences, fit_together, prepared, turned},
 };
 use crate::ops::LayerCache;
 
@@ -17,6 +17,8 @@ use crate::ops::LayerCache;
 const SHARERS: u32 = 4;
 /// Units of a cube at least, and at most: as many as [`SHARERS`] for each key that is seen, and the device allows.
 const UNITS: [usize; 2] = [256, 1024];
+/// So the slots of keys that are looked at together go round a ring once at most, the one after them included: see [`fetch`].
+const _: () = assert!(UNITS[1] / SHARERS as usize <= LEAST_SLOTS);
 /// Scores that a unit compares before all units compare what was found.
 const COMPARED: u32 = 16;
 /// Values that a unit fetches together.

@@ -211,12 +211,7 @@ fn stage_tokens(x: &Operands, first: u32, width: u32, staged: &mut Staged, #[com
         let input = x.input_of(x.choice_at(first + min(place / stage.levels, width - 1)));
         fetched[comptime!(n as usize)] = x.levels[(input * stage.levels + place % stage.levels) as usize];
     }
-    #[unroll]
-    for n in 0..own {
-        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
-        let to = place / stage.levels * comptime!(spread(stage.levels)) + place % stage.levels;
-        staged.levels[to as usize] = fetched[comptime!(n as usize)];
-    }
+    put_apart(&fetched, &mut staged.levels, words, stage.levels);
 }
 
 /// Brings the codes and the group scales of a block of rows of a matrix's plane, whose row 0 is `matrix_row`.
@@ -237,18 +232,23 @@ fn stage_rows(weight: &Packed, matrix_row: u32, first_row: u32, staged: &mut Sta
     for n in 0..own_scales {
         let place = min(n * UNITS + UNIT_POS, comptime!(scale_words - 1));
         let row = matrix_row + min(first_row + place / stage.scales, weight.rows - 1);
-        fetched[comptime!((own + n) as usize)] = weight.group_scale_words(row, place % stage.scales);
+        fetched[comptime!((own + n) as usize)] = weight.group_scale_word_of_row(row, place % stage.scales);
     }
-    #[unroll]
-    for n in 0..own {
-        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
-        let to = place / stage.codes * comptime!(spread(stage.codes)) + place % stage.codes;
-        staged.codes[to as usize] = fetched[comptime!(n as usize)];
-    }
+    put_apart(&fetched, &mut staged.codes, words, stage.codes);
     #[unroll]
     for n in 0..own_scales {
         let place = min(n * UNITS + UNIT_POS, comptime!(scale_words - 1));
         staged.scales[place as usize] = fetched[comptime!((own + n) as usize)];
+    }
+}
+
+/// Puts a unit's first words of rows of so many words where they are [spread].
+#[cube]
+fn put_apart(fetched: &Array<u32>, to: &mut SharedMemory<u32>, #[comptime] words: u32, #[comptime] width: u32) {
+    #[unroll]
+    for n in 0..comptime!(words.div_ceil(UNITS)) {
+        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
+        to[(place / width * comptime!(spread(width)) + place % width) as usize] = fetched[comptime!(n as usize)];
     }
 }
 
@@ -302,7 +302,7 @@ fn add_staged(
         let mut scale = i32::new(1);
         if comptime!(stage.scales > 0) {
             // Rows past the last one have its scales, and are not written.
-            let byte = weight.group_scale_byte(row + 8 * side, at);
+            let byte = weight.group_scale_byte_of_row(row + 8 * side, at);
             let word = staged.scales[((line + 8 * side) * stage.scales + byte / 4) as usize];
             scale = i32::cast_from((word >> (byte % 4 * 8)) & 255);
         }

@@ -12,7 +12,7 @@ use crate::ops::{LayerCache, Ring};
 /// Units of a cube.
 const UNITS: u32 = 256;
 /// Slots of the smallest ring.
-const LEAST_SLOTS: usize = 256;
+pub(super) const LEAST_SLOTS: usize = 256;
 /// Cubes in one direction of a launch, below what every device allows.
 const MOST_CUBES: usize = 1 << 15;
 

@@ -166,13 +166,13 @@ impl Packed {
     }
 
     /// Word `number` of those that hold a row's group scales, at most the last one.
-    pub(super) fn group_scale_words(&self, row: u32, number: u32) -> u32 {
+    pub(super) fn group_scale_word_of_row(&self, row: u32, number: u32) -> u32 {
         let first = row * self.group_scale_pitch;
         self.group_scales[min(first / 4 + number, (first + self.groups - 1) / 4) as usize]
     }
 
     /// Which of their bytes is the scale of the activations at `place`.
-    pub(super) fn group_scale_byte(&self, row: u32, place: u32) -> u32 {
+    pub(super) fn group_scale_byte_of_row(&self, row: u32, place: u32) -> u32 {
         self.group_scale_at(row, place) - row * self.group_scale_pitch / 4 * 4
     }
 
