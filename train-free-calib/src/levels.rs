@@ -64,46 +64,123 @@ impl Levels {
     }
 }
 
+/// Where a search for the scales of two planes starts, beside one plane after the other: multiples of the root mean square.
+/// Ratios from 2.2 to 3 (at 3 the levels are even), as wide as groups of 64 from a normal to a heavy-tailed distribution
+/// want them.
+const STARTS_OF_2: [[f32; MAX_PLANES]; 8] = {
+    let mut starts = [[0.0; MAX_PLANES]; 8];
+    let mut i = 0;
+    while i < starts.len() {
+        let finest = [0.35, 0.45, 0.55, 0.7][i / 2];
+        starts[i] = [finest * [2.2, 3.0][i % 2], finest, 0.0];
+        i += 1;
+    }
+    starts
+};
+
+/// The same for three planes.
+const STARTS_OF_3: [[f32; MAX_PLANES]; 20] = {
+    let mut starts = [[0.0; MAX_PLANES]; 20];
+    let mut i = 0;
+    while i < starts.len() {
+        let finest = [0.15, 0.18, 0.21, 0.25, 0.3][i / 4];
+        let middle = finest * [2.6, 3.0][i / 2 % 2];
+        starts[i] = [middle * [2.6, 3.0][i % 2], middle, finest];
+        i += 1;
+    }
+    starts
+};
+
+/// Rounds of nearest levels and best scales after the best start.
+const ROUNDS: usize = 4;
+
 /// The scales, one a plane, that fit one group of weights best under the importance of each, by least squares.
 ///
 /// One plane is fitted exactly: for a given scale `a` the best trits keep the weights with `|w| > a / 2`, so the optimum
 /// is among the `n` sets of largest weights, and the set with the largest `(sum h |w|)^2 / sum h` wins. More planes start
-/// from one plane after the other and then alternate between the nearest level and the best scales.
+/// from the best of some scales and then alternate between the nearest level and the best scales (Lloyd's algorithm). One
+/// plane fitted after the other alone is a bad start: on normal weights in groups of 64 the error of two planes stays 13 %
+/// larger, that of three 65 %.
 pub(crate) fn fit_scales(weights: &[f32], importance: &[f32], planes: usize) -> [f32; MAX_PLANES] {
     let mut scales = [0.0; MAX_PLANES];
     if planes == 1 {
         scales[0] = fit_one(weights, importance);
         return scales;
     }
-    let mut rest = weights.to_vec();
+    let starts: &[_] = if planes == 2 { &STARTS_OF_2 } else { &STARTS_OF_3 };
+    let total: f64 = importance.iter().map(|h| f64::from(*h)).sum();
+    let rms = (error(weights, importance, &scales[..planes]) / total).sqrt() as f32;
+    let mut best = Fit::of(one_after_the_other(weights, importance, planes), weights, importance, planes);
+    for start in starts {
+        best = best.or(Fit::of(start.map(|multiple| multiple * rms), weights, importance, planes));
+    }
+    for _ in 0..ROUNDS {
+        let Some(scales) = refitted(&best.scales[..planes], weights, importance) else { break };
+        let next = Fit::of(scales, weights, importance, planes);
+        if next.error >= best.error {
+            break;
+        }
+        best = next;
+    }
+    best.scales
+}
+
+/// Scales, and the error they leave.
+struct Fit {
+    scales: [f32; MAX_PLANES],
+    error: f64,
+}
+
+impl Fit {
+    fn of(scales: [f32; MAX_PLANES], weights: &[f32], importance: &[f32], planes: usize) -> Self {
+        Self { error: error(weights, importance, &scales[..planes]), scales }
+    }
+
+    /// The better of two, the first of equals.
+    fn or(self, other: Self) -> Self {
+        if other.error < self.error { other } else { self }
+    }
+}
+
+/// `sum h (w - nearest level)^2`
+fn error(weights: &[f32], importance: &[f32], scales: &[f32]) -> f64 {
+    let levels = Levels::new(scales);
+    let square = |(w, h): (&f32, &f32)| f64::from(*h) * f64::from(w - levels.nearest(*w).0).powi(2);
+    weights.iter().zip(importance).map(square).sum()
+}
+
+/// Each plane fitted to what those before it leave.
+fn one_after_the_other(weights: &[f32], importance: &[f32], planes: usize) -> [f32; MAX_PLANES] {
+    let (mut scales, mut rest) = ([0.0; MAX_PLANES], weights.to_vec());
     for scale in scales.iter_mut().take(planes) {
         *scale = fit_one(&rest, importance);
         for w in &mut rest {
             *w -= if w.abs() > *scale / 2.0 { scale.copysign(*w) } else { 0.0 };
         }
     }
-    for _ in 0..4 {
-        let levels = Levels::new(&scales[..planes]);
-        let (mut gram, mut target) = ([[0.0f64; MAX_PLANES]; MAX_PLANES], [0.0f64; MAX_PLANES]);
-        for (w, h) in weights.iter().zip(importance) {
-            let (_, trits) = levels.nearest(*w);
-            for p in 0..planes {
-                target[p] += f64::from(*h) * f64::from(*w) * f64::from(trits[p]);
-                for q in 0..planes {
-                    gram[p][q] += f64::from(*h) * f64::from(trits[p] * trits[q]);
-                }
+    scales
+}
+
+/// The best scales while every weight keeps its nearest level; nothing where they are not determined.
+fn refitted(scales: &[f32], weights: &[f32], importance: &[f32]) -> Option<[f32; MAX_PLANES]> {
+    let (planes, levels) = (scales.len(), Levels::new(scales));
+    let (mut gram, mut target) = ([[0.0f64; MAX_PLANES]; MAX_PLANES], [0.0f64; MAX_PLANES]);
+    for (w, h) in weights.iter().zip(importance) {
+        let (_, trits) = levels.nearest(*w);
+        for p in 0..planes {
+            target[p] += f64::from(*h) * f64::from(*w) * f64::from(trits[p]);
+            for q in 0..planes {
+                gram[p][q] += f64::from(*h) * f64::from(trits[p] * trits[q]);
             }
         }
-        let mut matrix: Vec<f64> = (0..planes).flat_map(|p| gram[p][..planes].to_vec()).collect();
-        let mut solution = target[..planes].to_vec();
-        if !crate::linalg::solve_small(&mut matrix, &mut solution) {
-            break;
-        }
-        for (scale, x) in scales.iter_mut().zip(solution) {
-            *scale = (x as f32).max(0.0);
-        }
     }
-    scales
+    let mut matrix: Vec<f64> = (0..planes).flat_map(|p| gram[p][..planes].to_vec()).collect();
+    let mut solution = target[..planes].to_vec();
+    crate::linalg::solve_small(&mut matrix, &mut solution).then(|| {
+        let mut refitted = [0.0; MAX_PLANES];
+        refitted.iter_mut().zip(solution).for_each(|(scale, x)| *scale = (x as f32).max(0.0));
+        refitted
+    })
 }
 
 fn fit_one(weights: &[f32], importance: &[f32]) -> f32 {
@@ -140,13 +217,9 @@ pub(crate) fn search_threshold(weights: &[f32]) -> (f32, f32) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use proptest::prelude::*;
+    use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 
-    fn error(weights: &[f32], importance: &[f32], scales: &[f32]) -> f32 {
-        let levels = Levels::new(scales);
-        weights.iter().zip(importance).map(|(w, h)| h * (w - levels.nearest(*w).0).powi(2)).sum()
-    }
+    use super::*;
 
     proptest! {
         #[test]
@@ -186,14 +259,35 @@ mod tests {
         #[test]
         fn the_exact_fit_is_at_least_as_good_as_the_search(weights in prop::collection::vec(-2f32..2.0, 1..64)) {
             let (threshold, scale) = search_threshold(&weights);
-            let searched: f32 = weights
+            let searched: f64 = weights
                 .iter()
-                .map(|w| (w - if w.abs() > threshold { scale.copysign(*w) } else { 0.0 }).powi(2))
+                .map(|w| f64::from(w - if w.abs() > threshold { scale.copysign(*w) } else { 0.0 }).powi(2))
                 .sum();
             let importance = vec![1.0; weights.len()];
             let fitted = error(&weights, &importance, &fit_scales(&weights, &importance, 1)[..1]);
             prop_assert!(fitted <= searched * 1.0001 + 1e-5);
         }
+    }
+
+    /// Relative error of normal weights (Box and Muller 1958) in groups of 64.
+    fn error_of_normal_weights(planes: usize) -> f64 {
+        let pairs = prop::collection::vec((0f64..1.0, 0f64..1.0), 500 * 64);
+        let pairs = pairs.new_tree(&mut TestRunner::deterministic()).unwrap().current();
+        let normal = |(a, b): (f64, f64)| ((-2.0 * (1.0 - a).ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32;
+        let weights: Vec<f32> = pairs.into_iter().map(normal).collect();
+        let (mut left, mut power) = (0.0, 0.0);
+        for weights in weights.chunks(64) {
+            left += error(weights, &[1.0; 64], &fit_scales(weights, &[1.0; 64], planes)[..planes]);
+            power += error(weights, &[1.0; 64], &[0.0]);
+        }
+        left / power
+    }
+
+    /// Fitted as well as by trying fifty starts for each group: 0.0256 and 0.0028.
+    #[test]
+    fn several_planes_fit_normal_weights_as_well_as_they_can() {
+        let errors = [1, 2, 3].map(error_of_normal_weights);
+        assert!(errors[0] < 0.19 && errors[1] < 0.0265 && errors[2] < 0.0031, "{errors:?}");
     }
 
     #[test]
