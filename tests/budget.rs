@@ -50,7 +50,7 @@ fn planes_go_to_some_matrices_within_the_bits_and_help() {
 #[test]
 fn matrices_that_no_text_is_fitted_to_get_planes_too() {
     let folder = tempfile::tempdir().unwrap();
-    let without = ["--without", "rotation,regression,compensation,sweeps,bias", "--bits-per-weight", "3"];
+    let without = ["--without", "rotation,regression,residual,compensation,sweeps,bias", "--bits-per-weight", "3"];
     let report = report(&folder.path().join("fitted"), &without);
     assert!(report.bits_per_weight <= 3.0 && report.bits_per_weight > 2.9, "{}", report.bits_per_weight);
     assert!(report.planes > 1 && report.held_out.is_none());

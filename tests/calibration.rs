@@ -186,7 +186,7 @@ fn an_ablation_names_every_step_and_keeps_nothing() {
     let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
     let expected = ["full precision", "absmean", "fitted scales only", "pt-bitnet"];
     assert_eq!(names[..4], expected);
-    for step in ["rotation", "regression", "compensation", "sweeps", "bias"] {
+    for step in ["rotation", "regression", "residual", "compensation", "sweeps", "bias"] {
         assert!(names.contains(&format!("ternoss without {step}").as_str()), "{names:?}");
     }
     for name in ["ternoss", "ternoss, reconstruction", "ternoss, distilled"] {

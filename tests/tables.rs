@@ -30,7 +30,7 @@ fn quantized(model: &Path, output: PathBuf, options: &[&str]) -> PathBuf {
 }
 
 /// Options that fit scales and rotate, without looking at a text.
-const FITTED: [&str; 2] = ["--without", "regression,compensation,sweeps,bias"];
+const FITTED: [&str; 2] = ["--without", "regression,residual,compensation,sweeps,bias"];
 
 fn logits(model: &Path) -> Vec<f32> {
     let folder = tempfile::tempdir().unwrap();

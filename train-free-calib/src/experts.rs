@@ -17,7 +17,7 @@ use crate::{
     CalibError,
     activations::{Activations, Normed},
     layer::LayerCalibration,
-    moments::Moments,
+    moments::{Inputs, Moments},
     prune,
     report::MatrixReport,
     rows::{ROWS_AT_ONCE, Rows},
@@ -53,7 +53,8 @@ impl<B: TernaryBackend> LayerCalibration<'_, B> {
         let context = teacher.shape()[0];
         let routing = route(&self.student.mlp.router, &teacher_in)?;
         let visits = visits(routing, numbers.len(), *calibrated * context, self.device);
-        let whole = self.moments(context, *calibrated, |at| Ok([student_in.get(at)?, teacher_in.get(at)?]))?;
+        let of_window = |at| Ok(Inputs { student: student_in.get(at)?, teacher: teacher_in.get(at)?, lack: None });
+        let whole = self.moments(context, *calibrated, of_window)?;
         let inputs = ExpertInputs { teacher: teacher_in, student: student_in, whole };
         let output = self.all_experts(&numbers, &visits, &inputs)?;
         let output = selection.map_or(output, |selection| selection.output);
@@ -108,7 +109,7 @@ impl<B: TernaryBackend> LayerCalibration<'_, B> {
         let mut moments = Moments::new(config.hidden_size, self.device);
         for visits in visits.parts() {
             let (student, teacher) = (inputs.student.rows(&visits.rows)?, inputs.teacher.rows(&visits.rows)?);
-            self.add_calibrated(&mut moments, &visits, student, teacher);
+            self.add_calibrated(&mut moments, &visits, Inputs { student, teacher, lack: None });
         }
         let moments = moments.shrunk_to(&inputs.whole, 2.0 * config.hidden_size as f64);
         let teacher = upper.teacher(self.device);
@@ -122,7 +123,14 @@ impl<B: TernaryBackend> LayerCalibration<'_, B> {
         for visits in visits.parts() {
             let teacher_hidden = hidden(&teacher, inputs.teacher.rows(&visits.rows)?);
             let student_hidden = hidden(&upper.student, inputs.student.rows(&visits.rows)?);
-            self.add_calibrated(&mut moments, &visits, student_hidden, teacher_hidden.clone());
+            // An expert's output counts by its weight, and the weights of a token's experts sum to one: so each of them is
+            // to give all that is lacking.
+            let lack = match self.recipe.steps.residual {
+                true => Some(streams.rows(&visits.rows)? - inputs.student.streams.rows(&visits.rows)?),
+                false => None,
+            };
+            let of_down = Inputs { student: student_hidden, teacher: teacher_hidden.clone(), lack };
+            self.add_calibrated(&mut moments, &visits, of_down);
             output.push(of_lower.forward(teacher_hidden) * visits.weights)?;
         }
         drop((teacher, of_lower));
@@ -134,17 +142,14 @@ impl<B: TernaryBackend> LayerCalibration<'_, B> {
     }
 
     /// Adds the inputs of a linear on tokens of an expert, as many as are calibrated on, each with the square of its weight.
-    fn add_calibrated(
-        &self,
-        moments: &mut Moments<B>,
-        visits: &Visits<B>,
-        student: Tensor<B, 2>,
-        teacher: Tensor<B, 2>,
-    ) {
+    fn add_calibrated(&self, moments: &mut Moments<B>, visits: &Visits<B>, inputs: Inputs<B>) {
         if visits.calibrated > 0 {
             let calibrated = |x: Tensor<B, 2>| x.slice_dim(0, 0..visits.calibrated);
             let importance = calibrated(visits.weights.clone().square());
-            moments.add(calibrated(self.seen(student)), calibrated(self.rotated(teacher)), Some(importance));
+            let Inputs { student, teacher, lack } = inputs;
+            let student = calibrated(self.seen(student));
+            let teacher = calibrated(self.rotated(teacher));
+            moments.add(Inputs { student, teacher, lack: lack.map(calibrated) }, Some(importance));
         }
     }
 

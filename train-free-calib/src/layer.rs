@@ -16,7 +16,7 @@ use crate::{
     CalibError,
     activations::{Activations, Normed},
     budget::LayerPlanes,
-    moments::{Moments, Statistics},
+    moments::{Inputs, Moments, Statistics},
     prune,
     reconstruct::{Block, neighbours},
     report::LayerReport,
@@ -136,7 +136,8 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         let Activations { teacher, student, calibrated } = activations;
         let normed = |streams| Normed { streams, norm: &norm };
         let (teacher_in, student_in) = (normed(teacher), normed(student));
-        let moments = self.moments(context, *calibrated, |at| Ok([student_in.get(at)?, teacher_in.get(at)?]));
+        let inputs = |at| Ok(Inputs { student: student_in.get(at)?, teacher: teacher_in.get(at)?, lack: None });
+        let moments = self.moments(context, *calibrated, inputs);
         let statistics = moments?.statistics();
         for name in [LinearName::Q, LinearName::K, LinearName::V] {
             let linear = self.linear(name, statistics.as_ref())?;
@@ -152,7 +153,14 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
             })
         };
         let (teacher_mix, student_mix) = (mixed(&self.teacher, teacher)?, mixed(&self.student, student)?);
-        let moments = self.moments(context, *calibrated, |at| Ok([student_mix.get(at)?, teacher_mix.get(at)?]));
+        let inputs = |at| {
+            let lack = match self.recipe.steps.residual {
+                true => Some(teacher.get(at)? - student.get(at)?),
+                false => None,
+            };
+            Ok(Inputs { student: student_mix.get(at)?, teacher: teacher_mix.get(at)?, lack })
+        };
+        let moments = self.moments(context, *calibrated, inputs);
         let statistics = moments?.statistics();
         self.student.self_attn.o_proj = self.linear(LinearName::O, statistics.as_ref())?;
         let add = |streams: &mut Rows<B>, linear: &Linear<B>, mixed: Rows<B>| {
@@ -162,25 +170,36 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         add(student, &self.student.self_attn.o_proj, student_mix)
     }
 
-    /// Moments of a linear's inputs over the first `calibrated` windows of `context` tokens: `inputs` gives the student's and the
-    /// teacher's of a window.
+    /// Moments of a linear's inputs over the first `calibrated` windows of `context` tokens: `inputs` gives those of a window.
     pub(crate) fn moments(
         &self,
         context: usize,
         calibrated: usize,
-        inputs: impl Fn(usize) -> Result<[Tensor<B, 2>; 2], CalibError> + Sync,
+        inputs: impl Fn(usize) -> Result<Inputs<B>, CalibError> + Sync,
     ) -> Result<Moments<B>, CalibError> {
         let at_once = (ROWS_AT_ONCE / context.max(1)).max(1);
         let mut moments = None;
         for first in (0..calibrated).step_by(at_once) {
             let windows = (first..calibrated.min(first + at_once)).into_par_iter();
-            let windows = windows.map(|window| inputs(window).map(|[student, teacher]| (student, teacher)));
-            let (student, teacher): (Vec<_>, Vec<_>) = windows.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
-            let (student, teacher) = (Tensor::cat(student, 0), Tensor::cat(teacher, 0));
-            let moments = moments.get_or_insert_with(|| Moments::new(student.dims()[1], self.device));
-            moments.add(self.seen(student), self.rotated(teacher), None);
+            let inputs = self.together(windows.map(&inputs).collect::<Result<Vec<_>, _>>()?);
+            moments.get_or_insert_with(|| Moments::new(inputs.student.dims()[1], self.device)).add(inputs, None);
         }
         Ok(moments.unwrap_or_else(|| Moments::new(self.checkpoint.config().hidden_size, self.device)))
+    }
+
+    /// The inputs of some windows, one after the other, as the ternary layer sees them.
+    fn together(&self, windows: Vec<Inputs<B>>) -> Inputs<B> {
+        let (mut student, mut teacher, mut lack) = (Vec::new(), Vec::new(), Vec::new());
+        for window in windows {
+            student.push(window.student);
+            teacher.push(window.teacher);
+            lack.extend(window.lack);
+        }
+        Inputs {
+            student: self.seen(Tensor::cat(student, 0)),
+            teacher: self.rotated(Tensor::cat(teacher, 0)),
+            lack: (!lack.is_empty()).then(|| Tensor::cat(lack, 0)),
+        }
     }
 
     /// One linear of the attention made ternary.

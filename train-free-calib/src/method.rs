@@ -26,6 +26,9 @@ pub struct Steps {
     /// Aim for the teacher's outputs from the inputs that the ternary layers before really give:
     /// `W* = W (G + l I)(H + l I)^-1`, `H = E[x~ x~^T]`, `G = E[x x~^T]`.
     pub regression: bool,
+    /// Make up for what came before: what is added to the residual stream also aims at what the student's stream lacks of
+    /// the teacher's, as far as the inputs tell: `W* += E[e x~^T](H + l I)^-1`, `e` the difference of the streams.
+    pub residual: bool,
     /// Round column by column and pass each error on (ternary GPTQ). Without it, every group is fitted on its own.
     pub compensation: bool,
     /// Passes of greedy changes of single trits; before each and after the last the scales are refitted in closed form.
@@ -38,10 +41,18 @@ pub struct Steps {
 
 impl Steps {
     /// Nothing but the best scales for each group of weights: looks at no text.
-    pub const NONE: Self =
-        Self { rotation: false, regression: false, compensation: false, sweeps: 0, bias: false, reconstruction: 0 };
+    pub const NONE: Self = Self {
+        rotation: false,
+        regression: false,
+        residual: false,
+        compensation: false,
+        sweeps: 0,
+        bias: false,
+        reconstruction: 0,
+    };
     /// Names of the steps, as [`without`](Self::without) takes them.
-    pub const NAMES: [&str; 6] = ["rotation", "regression", "compensation", "sweeps", "bias", "reconstruction"];
+    pub const NAMES: [&str; 7] =
+        ["rotation", "regression", "residual", "compensation", "sweeps", "bias", "reconstruction"];
 
     /// The steps with one of them left out.
     ///
@@ -51,6 +62,7 @@ impl Steps {
         match step {
             "rotation" => self.rotation = false,
             "regression" => self.regression = false,
+            "residual" => self.residual = false,
             "compensation" => self.compensation = false,
             "sweeps" => self.sweeps = 0,
             "bias" => self.bias = false,
@@ -62,7 +74,7 @@ impl Steps {
 
     /// Whether a calibration text is needed.
     pub fn look_at_text(&self) -> bool {
-        self.regression || self.compensation || self.sweeps > 0 || self.bias || self.reconstruction > 0
+        self.regression || self.residual || self.compensation || self.sweeps > 0 || self.bias || self.reconstruction > 0
     }
 }
 
@@ -75,9 +87,15 @@ impl Method {
         match self {
             Self::Absmean => Steps::NONE,
             Self::PtBitnet => Steps { sweeps: 2, ..Steps::NONE },
-            Self::Ternoss => {
-                Steps { rotation: true, regression: true, compensation: true, sweeps: 2, bias: true, reconstruction: 0 }
-            }
+            Self::Ternoss => Steps {
+                rotation: true,
+                regression: true,
+                residual: true,
+                compensation: true,
+                sweeps: 2,
+                bias: true,
+                reconstruction: 0,
+            },
         }
     }
 }

@@ -13,8 +13,17 @@ const DAMPING: f32 = 0.01;
 /// Damping of the regression from the student's inputs to the teacher's outputs.
 const TARGET_DAMPING: f32 = 0.05;
 
-/// Sums over tokens, each with a weight: of the student's inputs `x~` (what the ternary layer will see, rounded to int8)
-/// and the teacher's `x` (what the full-precision layer sees).
+/// What reaches a linear of some tokens.
+pub(crate) struct Inputs<B: Backend> {
+    /// `x~ [n, in]`: the student's, in [`Moments`] as the ternary layer sees them, rotated and rounded to int8.
+    pub(crate) student: Tensor<B, 2>,
+    /// `x [n, in]`: the teacher's.
+    pub(crate) teacher: Tensor<B, 2>,
+    /// `e [n, out]`: what the student's residual stream lacks of the teacher's, for a linear whose outputs are added to it.
+    pub(crate) lack: Option<Tensor<B, 2>>,
+}
+
+/// Sums over tokens, each with a weight, of [`Inputs`].
 #[derive(Clone, Debug)]
 pub(crate) struct Moments<B: Backend> {
     /// `sum w x~ x~^T`: `[in, in]`
@@ -25,6 +34,8 @@ pub(crate) struct Moments<B: Backend> {
     student: Tensor<B, 2>,
     /// `sum w x`: `[1, in]`
     teacher: Tensor<B, 2>,
+    /// `sum w e x~^T [out, in]` and `sum w e [1, out]`, where there is an `e`.
+    lack: Option<[Tensor<B, 2>; 2]>,
     /// `sum w`
     weight: f64,
     /// How many tokens there were.
@@ -38,14 +49,30 @@ impl<B: Backend> Moments<B> {
             cross: Tensor::zeros([in_features, in_features], device),
             student: Tensor::zeros([1, in_features], device),
             teacher: Tensor::zeros([1, in_features], device),
+            lack: None,
             weight: 0.0,
             tokens: 0,
         }
     }
 
-    /// Adds tokens `[n, in]`, each counting 1, or `weights [n, 1]`.
-    pub(crate) fn add(&mut self, student: Tensor<B, 2>, teacher: Tensor<B, 2>, weights: Option<Tensor<B, 2>>) {
+    /// Adds tokens, each counting 1, or `weights [n, 1]`.
+    pub(crate) fn add(&mut self, inputs: Inputs<B>, weights: Option<Tensor<B, 2>>) {
+        let Inputs { student, teacher, lack } = inputs;
         let tokens = student.dims()[0];
+        if let Some(lack) = lack {
+            let lack = match &weights {
+                Some(weights) => lack * weights.clone(),
+                None => lack,
+            };
+            let now = [lack.clone().transpose().matmul(student.clone()), lack.sum_dim(0)];
+            self.lack = Some(match self.lack.take() {
+                Some([cross, mean]) => {
+                    let [more, other] = now;
+                    [cross + more, mean + other]
+                }
+                None => now,
+            });
+        }
         let (left, right, total) = match weights {
             Some(weights) => {
                 let total = sum(weights.clone());
@@ -77,6 +104,7 @@ impl<B: Backend> Moments<B> {
             cross: mix(&self.cross, &prior.cross),
             student: scale(&self.student, self.weight, 1.0),
             teacher: scale(&self.teacher, self.weight, 1.0),
+            lack: self.lack.as_ref().map(|sums| sums.each_ref().map(|sum| scale(sum, self.weight, own))),
             weight: if self.weight > 0.0 { 1.0 } else { 0.0 },
             tokens: self.tokens,
         }
@@ -89,7 +117,8 @@ impl<B: Backend> Moments<B> {
         let identity = Tensor::<B, 2>::eye(n, &self.second.device());
         let own = self.tokens as f64 / (self.tokens as f64 + strength);
         let mix = |x: &Tensor<B, 2>| x.clone() * own as f32 + identity.clone() * ((1.0 - own) as f32 * mean);
-        Self { second: mix(&self.second), cross: mix(&self.cross), ..self.clone() }
+        let lack = self.lack.as_ref().map(|sums| sums.each_ref().map(|sum| sum.clone() * own as f32));
+        Self { second: mix(&self.second), cross: mix(&self.cross), lack, ..self.clone() }
     }
 
     /// What the steps work with, or `None` where no token came or every input was zero.
@@ -111,16 +140,28 @@ impl<B: Backend> Moments<B> {
         let target = Tensor::from_data(burn::tensor::TensorData::new(target, [n, n]), &device);
         let cross = cross + Tensor::eye(n, &device) * (TARGET_DAMPING * diagonal);
         // (G + l I) (H + l I)^-1, the inverse being U^T U.
-        let regression = cross.matmul(target.clone().transpose()).matmul(target);
+        let solved = |cross: Tensor<B, 2>| cross.matmul(target.clone().transpose()).matmul(target.clone());
+        let regression = solved(cross);
+        let lack = self.lack.as_ref().map(|[cross, sum]| Lack { weight: solved(mean(cross)), mean: mean(sum) });
         Some(Statistics {
             second,
             factor,
             regression,
             student: mean(&self.student),
             teacher: mean(&self.teacher),
+            lack,
             tokens: self.tokens,
         })
     }
+}
+
+/// What the student's residual stream lacks of the teacher's.
+#[derive(Clone, Debug)]
+pub(crate) struct Lack<B: Backend> {
+    /// `E[e x~^T] (H + l I)^-1 [out, in]`: the weight that gives as much of it as the student's inputs tell.
+    pub(crate) weight: Tensor<B, 2>,
+    /// `E[e]`: `[1, out]`
+    pub(crate) mean: Tensor<B, 2>,
 }
 
 /// What the steps of a method work with.
@@ -136,6 +177,8 @@ pub(crate) struct Statistics<B: Backend> {
     pub(crate) student: Tensor<B, 2>,
     /// `E[x]`: `[1, in]`
     pub(crate) teacher: Tensor<B, 2>,
+    /// Where the linear's outputs are added to the residual stream, and are to make up for what it lacks.
+    pub(crate) lack: Option<Lack<B>>,
     /// How many tokens there were.
     pub(crate) tokens: usize,
 }
@@ -144,4 +187,58 @@ fn diagonal_mean<B: Backend>(matrix: &Tensor<B, 2>) -> f32 {
     let n = matrix.dims()[0];
     let identity = Tensor::<B, 2>::eye(n, &matrix.device());
     sum(matrix.clone() * identity) as f32 / n as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::TensorData;
+    use burn_flex::Flex;
+    use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
+
+    use super::*;
+
+    const TOKENS: usize = 4096;
+    const INPUTS: usize = 64;
+
+    /// What the stream lacks is twice the first two inputs, and one more in the second output.
+    fn moments(weights: Option<f32>) -> Moments<Flex> {
+        let device = Default::default();
+        let tensor = |values: Vec<f32>, width| Tensor::from_data(TensorData::new(values, [TOKENS, width]), &device);
+        let inputs = prop::collection::vec(-1f32..1.0, TOKENS * INPUTS);
+        let inputs = inputs.new_tree(&mut TestRunner::deterministic()).unwrap().current();
+        let lack = inputs.chunks(INPUTS).flat_map(|x| [2.0 * x[0], 2.0 * x[1] + 1.0]).collect();
+        let inputs = tensor(inputs, INPUTS);
+        let mut moments = Moments::new(INPUTS, &device);
+        let inputs = Inputs { student: inputs.clone(), teacher: inputs, lack: Some(tensor(lack, 2)) };
+        moments.add(inputs, weights.map(|weight| Tensor::full([TOKENS, 1], weight, &device)));
+        moments
+    }
+
+    fn lack(moments: &Moments<Flex>) -> (Vec<f32>, Vec<f32>) {
+        let lack = moments.statistics().unwrap().lack.unwrap();
+        (host(lack.weight), host(lack.mean))
+    }
+
+    #[test]
+    fn inputs_tell_what_the_stream_lacks() {
+        for weights in [None, Some(0.25)] {
+            let (weight, mean) = lack(&moments(weights));
+            for (i, found) in weight.iter().enumerate() {
+                let expected = if [0, INPUTS + 1].contains(&i) { 2.0 } else { 0.0 };
+                assert!((found - expected).abs() < 0.2, "{i}: {found}");
+            }
+            assert!(mean[0].abs() < 0.1 && (mean[1] - 1.0).abs() < 0.1, "{mean:?}");
+        }
+    }
+
+    #[test]
+    fn few_tokens_tell_less() {
+        let whole = moments(None);
+        let half = whole.shrunk_to_diagonal(TOKENS as f64);
+        for (whole, half) in lack(&whole).1.into_iter().zip(lack(&half).1) {
+            assert!((half - whole / 2.0).abs() < 1e-6, "{half} {whole}");
+        }
+        let (before, after) = (lack(&whole).0[0], lack(&half).0[0]);
+        assert!(after > 0.3 * before && after < 0.7 * before, "{before} {after}");
+    }
 }

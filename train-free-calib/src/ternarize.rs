@@ -86,6 +86,11 @@ impl Recipe {
             Some(statistics) if self.steps.regression => weight.clone().matmul(statistics.regression.clone()),
             _ => weight.clone(),
         };
+        let lack = statistics.and_then(|statistics| statistics.lack.as_ref());
+        let target = match lack {
+            Some(lack) => target + lack.weight.clone(),
+            None => target,
+        };
         let parts = self.parts(&target, statistics, device);
         let packed = PackedTernary::pack(&parts, self.ternary.format, self.ternary.rotation)?;
         let dense = parts.iter().map(TernaryParts::to_dense).reduce(|sum, plane| sum + plane);
@@ -93,7 +98,11 @@ impl Recipe {
         let bias_shift = statistics.filter(|_| self.steps.bias).map(|statistics| {
             let wanted = weight.matmul(statistics.teacher.clone().transpose());
             let given = dense.clone().matmul(statistics.student.clone().transpose());
-            (wanted - given).squeeze_dim(1)
+            let shift = (wanted - given).squeeze_dim(1);
+            match lack {
+                Some(lack) => shift + lack.mean.clone().squeeze_dim(0),
+                None => shift,
+            }
         });
         let unit = power_of_two(&target).recip();
         let power = |x: Tensor<B, 2>| match (x * unit, statistics) {
@@ -162,7 +171,7 @@ mod tests {
     use ternoss_backends::{Rotation, TernaryBackend};
 
     use super::*;
-    use crate::moments::Moments;
+    use crate::moments::{Inputs, Moments};
 
     /// `rows` rows of pseudo-random weights, multiplied by `unit`.
     fn weights([in_features, rows]: [usize; 2], unit: f32) -> Vec<f32> {
@@ -177,7 +186,7 @@ mod tests {
         }
         let inputs = Tensor::<B, 2>::from_data(TensorData::new(inputs, [tokens, in_features]), &device);
         let mut moments = Moments::new(in_features, &device);
-        moments.add(inputs.clone(), inputs, None);
+        moments.add(Inputs { student: inputs.clone(), teacher: inputs, lack: None }, None);
         moments.statistics()
     }
 

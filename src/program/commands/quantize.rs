@@ -39,7 +39,7 @@ pub(crate) struct QuantizeArgs {
     /// Quantization method: absmean, pt-bitnet or ternoss
     #[arg(long, default_value_t = Method::Ternoss)]
     method: Method,
-    /// Steps of the method to leave out: rotation, regression, compensation, sweeps, bias, reconstruction
+    /// Steps of the method to leave out: rotation, regression, residual, compensation, sweeps, bias, reconstruction
     #[arg(long, value_name = "STEP,..", value_delimiter = ',')]
     without: Vec<String>,
     #[command(flatten)]
