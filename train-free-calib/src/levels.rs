@@ -64,33 +64,6 @@ impl Levels {
     }
 }
 
-/// Where a search for the scales of two planes starts, beside one plane after the other: multiples of the root mean square.
-/// Ratios from 2.2 to 3 (at 3 the levels are even), as wide as groups of 64 from a normal to a heavy-tailed distribution
-/// want them.
-const STARTS_OF_2: [[f32; MAX_PLANES]; 8] = {
-    let mut starts = [[0.0; MAX_PLANES]; 8];
-    let mut i = 0;
-    while i < starts.len() {
-        let finest = [0.35, 0.45, 0.55, 0.7][i / 2];
-        starts[i] = [finest * [2.2, 3.0][i % 2], finest, 0.0];
-        i += 1;
-    }
-    starts
-};
-
-/// The same for three planes.
-const STARTS_OF_3: [[f32; MAX_PLANES]; 20] = {
-    let mut starts = [[0.0; MAX_PLANES]; 20];
-    let mut i = 0;
-    while i < starts.len() {
-        let finest = [0.15, 0.18, 0.21, 0.25, 0.3][i / 4];
-        let middle = finest * [2.6, 3.0][i / 2 % 2];
-        starts[i] = [middle * [2.6, 3.0][i % 2], middle, finest];
-        i += 1;
-    }
-    starts
-};
-
 /// Rounds of nearest levels and best scales after the best start.
 const ROUNDS: usize = 4;
 
@@ -102,16 +75,14 @@ const ROUNDS: usize = 4;
 /// plane fitted after the other alone is a bad start: on normal weights in groups of 64 the error of two planes stays 13 %
 /// larger, that of three 65 %.
 pub(crate) fn fit_scales(weights: &[f32], importance: &[f32], planes: usize) -> [f32; MAX_PLANES] {
-    let mut scales = [0.0; MAX_PLANES];
     if planes == 1 {
-        scales[0] = fit_one(weights, importance);
-        return scales;
+        return [fit_one(weights, importance), 0.0, 0.0];
     }
-    let starts: &[_] = if planes == 2 { &STARTS_OF_2 } else { &STARTS_OF_3 };
     let total: f64 = importance.iter().map(|h| f64::from(*h)).sum();
-    let rms = (error(weights, importance, &scales[..planes]) / total).sqrt() as f32;
+    // The error of no levels but zero is the square of the weights.
+    let rms = (error(weights, importance, &[0.0]) / total).sqrt() as f32;
     let mut best = Fit::of(one_after_the_other(weights, importance, planes), weights, importance, planes);
-    for start in starts {
+    for start in starts(planes) {
         best = best.or(Fit::of(start.map(|multiple| multiple * rms), weights, importance, planes));
     }
     for _ in 0..ROUNDS {
@@ -123,6 +94,19 @@ pub(crate) fn fit_scales(weights: &[f32], importance: &[f32], planes: usize) -> 
         best = next;
     }
     best.scales
+}
+
+/// Where the search for the scales of two or three planes starts, beside one plane after the other: multiples of the root
+/// mean square. Each scale is 2.2 to 3 times the next (at 3 the levels are even), the finest as wide as groups of 64 want it
+/// from a normal to a heavy-tailed distribution.
+fn starts(planes: usize) -> Vec<[f32; MAX_PLANES]> {
+    if planes == 2 {
+        let wider = |finest: f32| [2.2, 3.0].map(|ratio| [finest * ratio, finest, 0.0]);
+        return [0.35, 0.45, 0.55, 0.7].into_iter().flat_map(wider).collect();
+    }
+    let wider = |[_, middle, finest]: [f32; MAX_PLANES]| [2.6, 3.0].map(|ratio| [middle * ratio, middle, finest]);
+    let finest = [0.15, 0.18, 0.21, 0.25, 0.3].into_iter();
+    finest.flat_map(|finest| [2.6, 3.0].map(|ratio| [0.0, finest * ratio, finest])).flat_map(wider).collect()
 }
 
 /// Scales, and the error they leave.
