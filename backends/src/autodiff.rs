@@ -1,6 +1,6 @@
 //! Gradients: the operations on `Autodiff<B>`, run forward by whatever `B` has.
 //!
-//! `ternary_linear` and `stored_linear` have gradients of their own; `ternary_experts` is composed of them and
+//! `ternary_linear`, `tuned_linear`, `stored_linear` and `clamped_swiglu` have gradients of their own; `ternary_experts` is composed of them and
 //! `sink_attention` of Burn's operations, whose gradients follow.
 
 use burn::tensor::{Int, Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
@@ -12,8 +12,8 @@ use burn_autodiff::{
 };
 
 use crate::{
-    format::{Rotation, TernaryLayout, TernaryWeight, part_of_bytes},
-    ops::{ScoreView, StoredMatrix, TernaryBackend},
+    format::{Rotation, TernaryLayout, TernaryWeight},
+    ops::{ClampedSwiGlu, ScoreView, StoredMatrix, TernaryBackend},
     reference,
 };
 
@@ -23,12 +23,7 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
     fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
         let x = x.into_primitive().tensor();
         let row_scales = weight.row_scales.clone().into_primitive().tensor();
-        let inner = TernaryWeight {
-            codes: Tensor::from_primitive(weight.codes.clone().into_primitive()),
-            row_scales: wrap(row_scales.primitive.clone()),
-            group_scales: weight.group_scales.clone().map(|scales| Tensor::from_primitive(scales.into_primitive())),
-            layout: weight.layout,
-        };
+        let inner = inner_weight(weight);
         let y = unwrap(B::ternary_linear(wrap(x.primitive.clone()), &inner, matrix));
         let nodes = [x.node.clone(), row_scales.node.clone()];
         let y = match TernaryLinear.prepare::<C>(nodes).compute_bound().stateful() {
@@ -39,6 +34,19 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         wrap(y)
+    }
+
+    fn tuned_linear(x: Tensor<Self, 2>, trits: &TernaryWeight<Self>, scales: Tensor<Self, 3>) -> Tensor<Self, 2> {
+        let (x, scales) = (x.into_primitive().tensor(), scales.into_primitive().tensor());
+        let trits = inner_weight(trits);
+        let y = unwrap(B::tuned_linear(wrap(x.primitive.clone()), &trits, wrap(scales.primitive.clone())));
+        wrap(match TunedLinear.prepare::<C>([x.node.clone(), scales.node]).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                let x = prep.checkpoint(&x);
+                prep.finish((x, trits, scales.primitive), y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        })
     }
 
     fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2> {
@@ -63,6 +71,15 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         wrap(match SinkSoftmax.prepare::<C>([scores.node, sinks.node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((shares.clone(), view.spec.scale), shares),
             OpsKind::UnTracked(prep) => prep.finish(shares),
+        })
+    }
+
+    fn clamped_swiglu(gate_up: Tensor<Self, 2>, activation: ClampedSwiGlu) -> Tensor<Self, 2> {
+        let gate_up = gate_up.into_primitive().tensor();
+        let y = unwrap(B::clamped_swiglu(wrap(gate_up.primitive.clone()), activation));
+        wrap(match SwiGlu.prepare::<C>([gate_up.node.clone()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((gate_up.primitive, activation), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
         })
     }
 
@@ -94,6 +111,23 @@ impl<B: TernaryBackend> Backward<B, 2> for SinkSoftmax {
         }
         if let Some(node) = sinks_node {
             grads.register::<B>(node.id, unwrap(sinks));
+        }
+    }
+}
+
+/// The gate of an expert: see [`crate::clamped_swiglu`].
+#[derive(Debug)]
+struct SwiGlu;
+
+impl<B: TernaryBackend> Backward<B, 1> for SwiGlu {
+    /// What went in, and the constants.
+    type State = (FloatTensor<B>, ClampedSwiGlu);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let gradient = wrap(grads.consume::<B>(&ops.node));
+        let ((gate_up, activation), [node]) = (ops.state, ops.parents);
+        if let Some(node) = node {
+            grads.register::<B>(node.id, unwrap(B::clamped_swiglu_gradient(wrap(gate_up), gradient, activation)));
         }
     }
 }
@@ -135,13 +169,45 @@ impl<B: TernaryBackend> Backward<B, 2> for TernaryLinear {
             grads.register::<B>(node.id, unwrap(row_scale_gradient(x, &weight, matrix, grad.clone())));
         }
         if let Some(node) = x_node {
-            // The rounding of the activations counts as the identity.
-            let grad = grad.matmul(weight.to_dense(matrix));
-            let grad = match weight.layout.rotation {
-                Some(rotation) => reference::rotate_back(grad, rotation),
-                None => grad,
-            };
-            grads.register::<B>(node.id, unwrap(grad));
+            grads.register::<B>(node.id, unwrap(input_gradient(grad, weight.to_dense(matrix), weight.layout.rotation)));
+        }
+    }
+}
+
+/// The gradient by `x [tokens, in_features]` from the one by its product with `matrix [rows, in_features]`; the rounding of the
+/// activations counts as the identity.
+fn input_gradient<B: TernaryBackend>(
+    grad: Tensor<B, 2>,
+    matrix: Tensor<B, 2>,
+    rotation: Option<Rotation>,
+) -> Tensor<B, 2> {
+    let grad = grad.matmul(matrix);
+    match rotation {
+        Some(rotation) => B::rotate_back(grad, rotation),
+        None => grad,
+    }
+}
+
+/// A product whose scales are tuned: see [`crate::tuned_linear`].
+#[derive(Debug)]
+struct TunedLinear;
+
+impl<B: TernaryBackend> Backward<B, 2> for TunedLinear {
+    /// The node of `x`, the trits and the scales.
+    type State = (NodeId, TernaryWeight<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let (x, trits, scales) = ops.state;
+        let grad: Tensor<B, 2> = wrap(grads.consume::<B>(&ops.node));
+        let x: Tensor<B, 2> = wrap(checkpointer.retrieve_node_output::<FloatTensor<B>>(x));
+        let ([x_node, scales_node], rotation) = (ops.parents, trits.layout.rotation);
+        if let Some(node) = scales_node {
+            let of_matrix = grad.clone().transpose().matmul(B::round_activations(x, rotation));
+            grads.register::<B>(node.id, unwrap(B::scale_gradient(of_matrix, &trits)));
+        }
+        if let Some(node) = x_node {
+            let matrix = B::scaled_trits(&trits, wrap(scales));
+            grads.register::<B>(node.id, unwrap(input_gradient(grad, matrix, rotation)));
         }
     }
 }
@@ -156,13 +222,8 @@ fn row_scale_gradient<B: TernaryBackend>(
     let TernaryLayout { planes, rows, .. } = weight.layout;
     let per_plane = (0..planes).map(|plane| {
         // With row scales of 1 the forward pass gives total * s.
-        let part = [matrix..matrix + 1, plane..plane + 1, 0..rows];
-        let unit = TernaryWeight {
-            codes: weight.codes.clone().slice(part.clone()),
-            row_scales: Tensor::ones_like(&weight.row_scales.clone().slice(part.clone())),
-            group_scales: weight.group_scales.clone().map(|scales| part_of_bytes(scales, part)),
-            layout: TernaryLayout { matrices: 1, planes: 1, ..weight.layout },
-        };
+        let part = weight.part([matrix..matrix + 1, plane..plane + 1, 0..rows]);
+        let unit = TernaryWeight { row_scales: Tensor::ones_like(&part.row_scales), ..part };
         let totals = B::ternary_linear(x.clone(), &unit, 0);
         (totals * grad.clone()).sum_dim(0).reshape([1, 1, rows])
     });
@@ -184,6 +245,15 @@ impl<B: TernaryBackend> Backward<B, 1> for StoredLinear {
         if let Some(node) = x_node {
             grads.register::<B>(node.id, unwrap(reference::stored_linear_transposed(grad, &ops.state)));
         }
+    }
+}
+
+fn inner_weight<B: TernaryBackend, C: CheckpointStrategy>(weight: &TernaryWeight<Autodiff<B, C>>) -> TernaryWeight<B> {
+    TernaryWeight {
+        codes: Tensor::from_primitive(weight.codes.clone().into_primitive()),
+        row_scales: wrap(weight.row_scales.clone().into_primitive().tensor().primitive),
+        group_scales: weight.group_scales.clone().map(|scales| Tensor::from_primitive(scales.into_primitive())),
+        layout: weight.layout,
     }
 }
 

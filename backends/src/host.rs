@@ -22,7 +22,9 @@ use crate::{
         tokens::{self, Tokens},
     },
     format::{FormatError, Rotation, TernaryLayout, TernaryWeight},
-    ops::{AttentionSpec, BiasedWeight, LayerCache, ScoreView, StoredMatrix, TernaryBackend, TernaryExperts},
+    ops::{
+        AttentionSpec, BiasedWeight, ClampedSwiGlu, LayerCache, ScoreView, StoredMatrix, TernaryBackend, TernaryExperts,
+    },
 };
 
 /// A backend whose tensors can be read as slices: borrowed where they are contiguous, copied otherwise.
@@ -103,6 +105,28 @@ pub(crate) fn ternary_linear<B: HostBackend>(
         linear::ternary_linear(kernels, &matrix, &x, &mut out)
     });
     finish(result, out, [tokens, rows], &device)
+}
+
+/// [`TernaryBackend::scaled_trits`] on the host.
+pub(crate) fn scaled_trits<B: HostBackend>(trits: &TernaryWeight<B>, scales: Tensor<B, 3>) -> Tensor<B, 2> {
+    let (shape, device) = ([trits.layout.rows, trits.layout.in_features], scales.device());
+    let (scales, mut out) = (primitive(scales), vec![0.0; shape[0] * shape[1]]);
+    let result = WeightParts::new(trits)
+        .with(|view| linear::scaled_trits(&one_matrix(&view, 0)?, &B::floats(&scales), &mut out));
+    finish(result, out, shape, &device)
+}
+
+/// [`TernaryBackend::scale_gradient`] on the host.
+pub(crate) fn scale_gradient<B: HostBackend>(of_matrix: Tensor<B, 2>, trits: &TernaryWeight<B>) -> Tensor<B, 3> {
+    let (layout, device) = (trits.layout, of_matrix.device());
+    let of_matrix = primitive(of_matrix);
+    let gradient =
+        WeightParts::new(trits).with(|view| linear::scale_gradient(&one_matrix(&view, 0)?, &B::floats(&of_matrix)));
+    let (result, out) = match gradient {
+        Ok(out) => (Ok(()), out),
+        Err(error) => (Err(error), Vec::new()),
+    };
+    finish(result, out, [layout.planes, layout.rows, layout.groups().max(1)], &device)
 }
 
 /// [`TernaryBackend::ternary_linears`] by the kernels.
@@ -295,6 +319,27 @@ pub(crate) fn screen<B: HostBackend>(matrix: &StoredMatrix<B>, pause: &mut dyn F
     let words = B::words(&words);
     let rows = StoredRows::new(&words, matrix.rows(), matrix.columns(), matrix.float()).ok()?;
     Some(Screen::new(Kernels::detect(), &rows, pause))
+}
+
+/// [`TernaryBackend::clamped_swiglu`] by the kernels.
+pub(crate) fn clamped_swiglu<B: HostBackend>(gate_up: Tensor<B, 2>, activation: ClampedSwiGlu) -> Tensor<B, 2> {
+    let ([tokens, width], device) = (gate_up.dims(), gate_up.device());
+    let (gate_up, mut out) = (primitive(gate_up), vec![0.0; tokens * (width / 2)]);
+    experts::swiglu(Kernels::detect(), activation, &B::floats(&gate_up), &mut out);
+    finish(Ok(()), out, [tokens, width / 2], &device)
+}
+
+/// [`TernaryBackend::clamped_swiglu_gradient`] by the kernels.
+pub(crate) fn clamped_swiglu_gradient<B: HostBackend>(
+    gate_up: Tensor<B, 2>,
+    gradient: Tensor<B, 2>,
+    activation: ClampedSwiGlu,
+) -> Tensor<B, 2> {
+    let (shape, device) = (gate_up.dims(), gate_up.device());
+    let (gate_up, gradient) = (primitive(gate_up), primitive(gradient));
+    let mut out = vec![0.0; shape[0] * shape[1]];
+    experts::swiglu_gradient(Kernels::detect(), activation, &B::floats(&gate_up), &B::floats(&gradient), &mut out);
+    finish(Ok(()), out, shape, &device)
 }
 
 /// [`TernaryBackend::stored_rows`] by the kernels.

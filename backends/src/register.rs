@@ -9,7 +9,7 @@ use crate::{
     cpu,
     format::{Rotation, TernaryWeight},
     host,
-    ops::{BiasedWeight, LayerCache, ScoreView, Screen, StoredMatrix, TernaryBackend, TernaryExperts},
+    ops::{BiasedWeight, ClampedSwiGlu, LayerCache, ScoreView, Screen, StoredMatrix, TernaryBackend, TernaryExperts},
     reference,
 };
 
@@ -43,6 +43,8 @@ macro_rules! host_backend {
 
             operations! {
                 fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2>;
+                fn scaled_trits(trits: &TernaryWeight<Self>, scales: Tensor<Self, 3>) -> Tensor<Self, 2>;
+                fn scale_gradient(of_matrix: Tensor<Self, 2>, trits: &TernaryWeight<Self>) -> Tensor<Self, 3>;
                 fn ternary_linears(x: Tensor<Self, 2>, linears: &[BiasedWeight<Self>]) -> Vec<Tensor<Self, 2>>;
                 fn norm_linears(
                     x: Tensor<Self, 2>,
@@ -69,6 +71,12 @@ macro_rules! host_backend {
                     chosen: Tensor<Self, 2, Int>,
                     weights: Tensor<Self, 2>,
                     experts: &TernaryExperts<Self>,
+                ) -> Tensor<Self, 2>;
+                fn clamped_swiglu(gate_up: Tensor<Self, 2>, activation: ClampedSwiGlu) -> Tensor<Self, 2>;
+                fn clamped_swiglu_gradient(
+                    gate_up: Tensor<Self, 2>,
+                    gradient: Tensor<Self, 2>,
+                    activation: ClampedSwiGlu,
                 ) -> Tensor<Self, 2>;
                 fn stored_linear(x: Tensor<Self, 2>, matrix: &StoredMatrix<Self>) -> Tensor<Self, 2>;
                 fn stored_linear_at(

@@ -20,9 +20,7 @@ use burn::{
     nn,
     tensor::{IndexingUpdateOp, Int, Tensor, TensorData, backend::Backend},
 };
-use ternoss_backends::{
-    ClampedSwiGlu, FormatError, TernaryBackend, TernaryExperts, reference::clamped_swiglu, ternary_experts,
-};
+use ternoss_backends::{ClampedSwiGlu, FormatError, TernaryBackend, TernaryExperts, clamped_swiglu, ternary_experts};
 use ternoss_quant::{Linear, PackedTernary, TernaryConfig, TernaryTensor};
 
 use crate::{

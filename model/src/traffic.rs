@@ -168,6 +168,7 @@ fn linear<B: Backend>(linear: &Linear<B>) -> usize {
             let weight = match &layer.weight {
                 BitWeight::Latent(latent) => floats(&latent.weight),
                 BitWeight::Packed(packed) => ternary(packed),
+                BitWeight::Tuned(tuned) => ternary(&tuned.trits),
             };
             weight + layer.bias.as_ref().map_or(0, floats)
         }

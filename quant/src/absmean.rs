@@ -136,7 +136,7 @@ fn group_means<B: Backend>(magnitudes: Tensor<B, 2>, groups: usize, size: usize)
 }
 
 /// Splits group scales `[rows, groups]` into a float per row and whole multiples of it in `0..=255`.
-fn snap_group_scales<B: Backend>(scales: Tensor<B, 2>) -> (Tensor<B, 1>, Tensor<B, 2>) {
+pub(crate) fn snap_group_scales<B: Backend>(scales: Tensor<B, 2>) -> (Tensor<B, 1>, Tensor<B, 2>) {
     let step = scales.clone().max_dim(1) / 255.0;
     let divisor = step.clone().mask_fill(step.clone().equal_elem(0.0), 1.0);
     let multiples = (scales / divisor).round().clamp(0.0, 255.0);

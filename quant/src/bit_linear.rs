@@ -16,7 +16,9 @@ use burn::{
     nn,
     tensor::{Tensor, backend::Backend},
 };
-use ternoss_backends::{FormatError, TernaryBackend, reference::rotate, round_activations, ternary_linear};
+use ternoss_backends::{
+    FormatError, TernaryBackend, reference::rotate, round_activations, ternary_linear, tuned_linear,
+};
 
 use crate::{PackedTernary, TernaryConfig, TernaryTensor, absmean};
 
@@ -24,10 +26,10 @@ use crate::{PackedTernary, TernaryConfig, TernaryTensor, absmean};
 ///
 /// The weight is *latent* (float, ternarized anew in every forward pass, straight-through gradient: for training and
 /// calibration) or *packed* (codes and scales, for inference). Both compute the same function: equal codes, outputs
-/// equal up to the float rounding of the dense product.
+/// equal up to the float rounding of the dense product. A *tuned* weight has packed trits and scales that gradients reach.
 #[derive(Module, Debug)]
 pub struct BitLinear<B: Backend> {
-    /// Latent or packed.
+    /// Latent, packed or tuned.
     pub weight: BitWeight<B>,
     /// `[out_features]`
     pub bias: Option<Param<Tensor<B, 1>>>,
@@ -40,6 +42,17 @@ pub enum BitWeight<B: Backend> {
     Latent(LatentWeight<B>),
     /// Codes and scales.
     Packed(TernaryTensor<B>),
+    /// Codes, and scales in floats that gradients reach.
+    Tuned(TunedWeight<B>),
+}
+
+/// Packed trits whose scales are computed elsewhere, by something that learns.
+#[derive(Module, Debug)]
+pub struct TunedWeight<B: Backend> {
+    /// One matrix; its own scales say nothing.
+    pub trits: TernaryTensor<B>,
+    /// `[planes, rows, groups]`, one group where a row has one scale.
+    scales: Param<Tensor<B, 3>>,
 }
 
 /// A float weight and the way it becomes ternary.
@@ -55,6 +68,13 @@ pub struct LatentWeight<B: Backend> {
 impl<B: Backend> BitWeight<B> {
     fn latent(weight: Param<Tensor<B, 2>>, config: &TernaryConfig, composed: bool) -> Self {
         Self::Latent(LatentWeight { weight, config: *config, composed })
+    }
+}
+
+impl<B: Backend> TunedWeight<B> {
+    /// With the scales as they are, rounded as the format stores them.
+    pub fn rounded(&self) -> TernaryTensor<B> {
+        self.trits.with_scales(self.scales.val().detach())
     }
 }
 
@@ -129,6 +149,14 @@ impl<B: Backend> BitLinear<B> {
         }
     }
 
+    /// A layer with the trits of a packed matrix, the only one of its tensor, and scales that something else computes:
+    /// `[planes, rows, groups]`, one group where a row has one scale. Gradients flow to them; packing rounds them.
+    pub fn tuned(trits: TernaryTensor<B>, scales: Tensor<B, 3>, bias: Option<Tensor<B, 1>>) -> Self {
+        let scales = Param::initialized(ParamId::new(), scales);
+        let bias = bias.map(|bias| Param::initialized(ParamId::new(), bias));
+        Self { weight: BitWeight::Tuned(TunedWeight { trits, scales }), bias }
+    }
+
     /// A layer around packed weights.
     pub fn from_packed(weight: TernaryTensor<B>, bias: Option<Tensor<B, 1>>) -> Self {
         Self { weight: BitWeight::Packed(weight), bias: bias.map(Param::from_tensor) }
@@ -141,7 +169,9 @@ impl<B: Backend> BitLinear<B> {
                 let [out_features, in_features] = latent.weight.dims();
                 [in_features, out_features]
             }
-            BitWeight::Packed(packed) => [packed.layout().in_features, packed.layout().rows],
+            BitWeight::Packed(packed) | BitWeight::Tuned(TunedWeight { trits: packed, .. }) => {
+                [packed.layout().in_features, packed.layout().rows]
+            }
         }
     }
 
@@ -150,10 +180,13 @@ impl<B: Backend> BitLinear<B> {
     /// # Errors
     /// [`FormatError`] when the configuration does not describe a valid layout.
     pub fn pack(self) -> Result<Self, FormatError> {
-        let BitWeight::Latent(latent) = &self.weight else {
-            return Ok(self);
+        let packed = match self.weight {
+            BitWeight::Latent(latent) => {
+                TernaryTensor::from_packed(latent.to_packed()?, &latent.weight.val().device())?
+            }
+            BitWeight::Packed(packed) => packed,
+            BitWeight::Tuned(tuned) => tuned.rounded(),
         };
-        let packed = TernaryTensor::from_packed(latent.to_packed()?, &latent.weight.val().device())?;
         Ok(Self { weight: BitWeight::Packed(packed), bias: self.bias })
     }
 
@@ -165,6 +198,7 @@ impl<B: Backend> BitLinear<B> {
         match &self.weight {
             BitWeight::Latent(latent) => latent.to_packed(),
             BitWeight::Packed(packed) => Ok(packed.to_packed()),
+            BitWeight::Tuned(tuned) => Ok(tuned.rounded().to_packed()),
         }
     }
 }
@@ -183,6 +217,13 @@ impl<B: TernaryBackend> BitLinear<B> {
                 x.matmul(weight).reshape(shape)
             }
             BitWeight::Packed(packed) => ternary_linear(x, &packed.weight(), 0),
+            BitWeight::Tuned(TunedWeight { trits, scales }) => {
+                let layout = trits.layout();
+                let mut shape = x.dims();
+                let tokens = shape.iter().product::<usize>() / layout.in_features;
+                shape[D - 1] = layout.rows;
+                tuned_linear(x.reshape([tokens, layout.in_features]), &trits.weight(), scales.val()).reshape(shape)
+            }
         };
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),

@@ -33,6 +33,6 @@ pub mod mxfp4;
 pub mod ternary_tensor;
 
 pub use absmean::{Granularity, TernaryParts, absmean};
-pub use bit_linear::{BitLinear, BitLinearConfig, BitWeight, LatentWeight};
+pub use bit_linear::{BitLinear, BitLinearConfig, BitWeight, LatentWeight, TunedWeight};
 pub use linear::Linear;
 pub use ternary_tensor::{PackedTernary, TernaryConfig, TernaryTensor};

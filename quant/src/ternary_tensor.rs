@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use ternoss_backends::{CodeFormat, FormatError, Rotation, TernaryLayout, TernaryWeight};
 
-use crate::{Granularity, TernaryParts};
+use crate::{Granularity, TernaryParts, absmean::snap_group_scales};
 
 /// How a dense weight becomes a ternary one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -217,6 +217,38 @@ impl<B: Backend> TernaryTensor<B> {
             row_scales: host(weight.row_scales),
             group_scales: weight.group_scales.map(|s| s.into_data().iter::<u8>().collect()).unwrap_or_default(),
         }
+    }
+
+    /// One of the matrices as a tensor of its own.
+    ///
+    /// # Panics
+    /// If there is no such one.
+    pub fn matrix(&self, matrix: usize) -> Self {
+        Self::new(self.weight().matrix(matrix))
+    }
+
+    /// The trits of the only matrix with other scales, `[planes, rows, groups]`, one group where a row has one scale; rounded
+    /// as [`TernaryParts::from_scales`] rounds them, and negative ones zero.
+    ///
+    /// # Panics
+    /// If they are not as many as the layout says.
+    pub fn with_scales(&self, scales: Tensor<B, 3>) -> Self {
+        let layout = self.layout;
+        let shape @ [planes, rows, groups] = scales.dims();
+        let (expected, device) = ([layout.planes, layout.rows, layout.groups().max(1)], scales.device());
+        assert!(shape == expected && layout.matrices == 1, "scales {shape:?} for {layout:?}");
+        let scales = scales.clamp_min(0.0).reshape([planes * rows, groups]);
+        let (row_scales, group_scales) = match layout.group_size {
+            Some(_) => {
+                let (row_scales, multiples) = snap_group_scales(scales);
+                let multiples: Vec<u8> = multiples.into_data().iter::<f32>().map(|multiple| multiple as u8).collect();
+                let multiples = TensorData::new(multiples, layout.group_scales_shape());
+                (row_scales, Some(Tensor::from_data(multiples, (&device, DType::U8))))
+            }
+            None => (scales.squeeze_dim(1), None),
+        };
+        let row_scales = row_scales.reshape(layout.row_scales_shape());
+        Self::new(TernaryWeight { codes: self.codes.val(), row_scales, group_scales, layout })
     }
 
     /// Shape and format.

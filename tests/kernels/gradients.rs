@@ -3,8 +3,9 @@ use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use ternoss::backends::{
-    AttentionSpec, ClampedSwiGlu, CodeFormat, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts, TernaryLayout,
-    TernaryWeight, reference, sink_attention, stored_linear, stored_rows, ternary_experts, ternary_linear,
+    AttentionSpec, ClampedSwiGlu, CodeFormat, Rotation, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts,
+    TernaryLayout, TernaryWeight, reference, sink_attention, stored_linear, stored_rows, ternary_experts,
+    ternary_linear, tuned_linear,
 };
 
 use crate::support::{Noise, Weights, assert_close, assert_same, layout, matrix, quantize, values};
@@ -87,6 +88,70 @@ fn plain_burn_has_the_same_value_and_the_same_gradients() {
     assert_same(&results[1][0], &results[0][0], "value");
     assert_close(&results[1][1], &results[0][1], 1e-5, "dx");
     assert_close(&results[1][2], &results[0][2], 1e-5, "d row_scales");
+}
+
+/// Value, gradient by `x`, and gradient by the scales, against a loop over everything.
+fn scales_can_be_tuned<B: AutodiffBackend + TernaryBackend>() {
+    for (format, planes, group_size, rotation) in [
+        (CodeFormat::T2, 1, None, None),
+        (CodeFormat::T2, 2, Some(64), Some(Rotation::default())),
+        (CodeFormat::T5, 3, Some(128), Some(Rotation::default())),
+    ] {
+        let layout = TernaryLayout { planes, group_size, rotation, ..layout(format, 7, 150) };
+        let (weights, groups) = (Weights::new(layout, 1), layout.groups().max(1));
+        let x = Noise::new(2).floats(TOKENS * 150);
+        let out_grad = Noise::new(3).floats(TOKENS * 7);
+        let inputs = || matrix::<B>(&x, [TOKENS, 150]).require_grad();
+        let gradients = |y: Tensor<B, 2>| (y * matrix(&out_grad, [TOKENS, 7])).sum().backward();
+
+        let weight = weights.tensor::<B>();
+        let scales = Tensor::stack::<3>((0..planes).map(|plane| weight.scales(0, plane)).collect(), 0).require_grad();
+        let (tuned, plain) = (inputs(), inputs());
+        let y = tuned_linear(tuned.clone(), &weight, scales.clone());
+        let expected = ternary_linear(plain.clone(), &weight, 0);
+        assert_close(&values(y.clone()), &values(expected.clone()), 1e-5, "value");
+        let (of_tuned, of_plain) = (gradients(y), gradients(expected));
+        assert_close(&values(tuned.grad(&of_tuned).unwrap()), &values(plain.grad(&of_plain).unwrap()), 1e-5, "dx");
+
+        let rounded = values(reference::round_activations(matrix::<Flex>(&x, [TOKENS, 150]), rotation));
+        let size = group_size.unwrap_or(150);
+        let mut expected = vec![0.0; planes * 7 * groups];
+        for plane in 0..planes {
+            let trits = values(weights.tensor::<Flex>().parts(0, plane).0);
+            for (at, trit) in trits.iter().enumerate() {
+                let (row, input) = (at / 150, at % 150);
+                let of_matrix: f32 = (0..TOKENS).map(|t| out_grad[t * 7 + row] * rounded[t * 150 + input]).sum();
+                expected[(plane * 7 + row) * groups + input / size] += of_matrix * trit;
+            }
+        }
+        let found = scales.grad(&of_tuned).unwrap();
+        assert_eq!(found.dims(), [planes, 7, groups]);
+        assert_close(&values(found), &expected, 1e-5, "d scales");
+    }
+}
+
+#[test]
+fn scales_can_be_tuned_on_flex() {
+    scales_can_be_tuned::<Autodiff<Flex>>();
+}
+
+#[test]
+fn scales_can_be_tuned_on_ndarray() {
+    scales_can_be_tuned::<Autodiff<NdArray>>();
+}
+
+#[test]
+fn plain_burn_gives_the_same_matrix_and_the_same_gradient_of_scales() {
+    for (format, group_size) in [(CodeFormat::T2, Some(64)), (CodeFormat::T5, None)] {
+        let layout = TernaryLayout { planes: 2, group_size, ..layout(format, 7, 150) };
+        let trits = Weights::new(layout, 1).tensor::<Flex>();
+        let gradient = matrix::<Flex>(&Noise::new(2).floats(7 * 150), [7, 150]);
+        let expected = reference::scale_gradient(gradient.clone(), &trits);
+        let scales = expected.clone();
+        assert_close(&values(Flex::scale_gradient(gradient, &trits)), &values(expected), 1e-5, "d scales");
+        let expected = values(reference::scaled_trits(&trits, scales.clone()));
+        assert_close(&values(Flex::scaled_trits(&trits, scales)), &expected, 1e-6, "matrix");
+    }
 }
 
 #[test]

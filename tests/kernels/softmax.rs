@@ -1,4 +1,5 @@
-//! The softmax of attention and the rounding of activations: kernels against Burn's operations, and their gradients.
+//! The softmax of attention, the gate of experts and the rounding of activations: kernels against Burn's operations, and their
+//! gradients.
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use burn_autodiff::Autodiff;
@@ -6,8 +7,8 @@ use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
 use ternoss::backends::{
-    AttentionSpec, Rotation, ScoreView, TernaryBackend,
-    cpu::{Isa, Kernels, attention, tokens},
+    AttentionSpec, ClampedSwiGlu, Rotation, ScoreView, TernaryBackend, clamped_swiglu,
+    cpu::{Isa, Kernels, attention, experts, tokens},
     reference, round_activations,
 };
 
@@ -16,6 +17,9 @@ use crate::support::{Noise, assert_close, assert_same, matrix, values};
 fn tensor<B: Backend, const D: usize>(values: &[f32], shape: [usize; D]) -> Tensor<B, D> {
     Tensor::from_data(TensorData::new(values.to_vec(), shape), (&B::Device::default(), DType::F32))
 }
+
+/// Clamps in the midst of what the noise gives.
+const SWIGLU: ClampedSwiGlu = ClampedSwiGlu { alpha: 1.702, limit: 0.6 };
 
 type Softmax<B> = fn(Tensor<B, 3>, Tensor<B, 1>, ScoreView) -> Tensor<B, 3>;
 
@@ -89,12 +93,35 @@ proptest! {
             let of_sinks = attention::sink_softmax_gradient(kernels, &shares, &mut slopes, [queries, keys], 0.3);
             let mut rounded = x.clone();
             tokens::round_tokens(kernels, &mut rounded, width, Some(Rotation::default()));
-            [shares, slopes, of_sinks, rounded].concat()
+            let (gate_up, of_gate) = (&scores[..scores.len() / 2 * 2], &gradient[..scores.len() / 2]);
+            let mut of_gate_up = vec![0.0; gate_up.len()];
+            experts::swiglu_gradient(kernels, SWIGLU, gate_up, of_gate, &mut of_gate_up);
+            [shares, slopes, of_sinks, rounded, of_gate_up].concat()
         };
         let expected = run(&Isa::Scalar);
         for isa in Isa::available() {
             assert_same(&run(isa), &expected, &isa.to_string());
         }
+    }
+
+    #[test]
+    fn gates_and_their_gradients_are_those_of_burn(pairs in 1usize..40, seed in any::<u64>()) {
+        let mut noise = Noise::new(seed);
+        let (gate_up, gradient) = (noise.floats(6 * pairs), noise.floats(3 * pairs));
+        let burn = matrix::<Autodiff<NdArray>>(&gate_up, [3, 2 * pairs]).require_grad();
+        let y = reference::clamped_swiglu(burn.clone(), SWIGLU);
+        let grads = (y.clone() * matrix(&gradient, [3, pairs])).sum().backward();
+        let of_burn = values(burn.grad(&grads).unwrap());
+        let plain = [matrix::<Flex>(&gate_up, [3, 2 * pairs]), matrix(&gradient, [3, pairs])];
+        let [gate_up_tensor, gradient_tensor] = plain;
+        let formula = reference::clamped_swiglu_gradient(gate_up_tensor, gradient_tensor, SWIGLU);
+        assert_close(&values(formula), &of_burn, 1e-5, "the formula");
+
+        let tracked = matrix::<Autodiff<Flex>>(&gate_up, [3, 2 * pairs]).require_grad();
+        let found = clamped_swiglu(tracked.clone(), SWIGLU);
+        assert_close(&values(found.clone()), &values(y), 1e-5, "gate");
+        let grads = (found * matrix(&gradient, [3, pairs])).sum().backward();
+        assert_close(&values(tracked.grad(&grads).unwrap()), &of_burn, 1e-5, "gradient");
     }
 
     #[test]

@@ -287,10 +287,13 @@ fn loss_of_window<B: TernaryBackend>(
         let norm = RmsNorm { gamma: Param::initialized(norm.gamma.id, tuned.value(0)), ..norm };
         let target = log_softmax(heads[0].logits(targets.clone().slice_dim(0, part.clone())), 1);
         let x = Tensor::<Autodiff<B>, 2>::from_inner(x.clone().slice_dim(0, part)).require_grad();
-        let own = log_softmax(head.logits(apply_norm(&norm, x.clone())), 1);
-        let loss = (Tensor::from_inner(target.clone().exp()) * (Tensor::from_inner(target) - own)).sum();
-        divergence += loss.clone().into_data().iter::<f32>().map(f64::from).sum::<f64>();
-        let gradients = loss.backward();
+        let logits = head.logits(apply_norm(&norm, x.clone()));
+        let own = log_softmax(logits.clone().inner(), 1);
+        let share = target.clone().exp();
+        // What the logits' gradient of the divergence is, without a graph over the whole vocabulary.
+        let upstream = own.clone().exp() - share.clone();
+        divergence += host((share * (target - own)).sum_dim(1)).into_iter().map(f64::from).sum::<f64>();
+        let gradients = (logits * Tensor::from_inner(upstream)).sum().backward();
         parts.extend(x.grad(&gradients));
         of_norm = add(of_norm, tuned.gradients(&gradients));
     }
@@ -401,6 +404,15 @@ mod tests {
             (loss, of_norm, host(of_x.reshape([7 * hidden])))
         };
         let (whole, of_norm, of_x) = loss(7);
+        // Along a direction, the gradient is what a difference says.
+        let direction = stream(hidden, 3.0);
+        let [after, before] = [0.01, -0.01].map(|far| {
+            let x = stream(hidden, 1.0) + direction.clone() * far;
+            loss_of_window(&heads, (&norm, &tuned), x, stream(hidden, 2.0), 7).0
+        });
+        let slope: f64 = of_x.iter().zip(host(direction)).map(|(a, b)| f64::from(a * b)).sum();
+        let difference = (after - before) / 0.02;
+        assert!((slope / difference - 1.0).abs() < 1e-2, "{slope} {difference}");
         let largest = of_norm.iter().fold(0f32, |most, value| most.max(value.abs()));
         assert!(whole > 1.0 && largest > 1e-2, "{whole} {largest}");
         for rows in [1, 2, 3, 100] {

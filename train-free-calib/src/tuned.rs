@@ -5,7 +5,7 @@ use burn::{
     tensor::{Tensor, activation::sigmoid, backend::Backend},
 };
 use burn_autodiff::Autodiff;
-use ternoss_backends::{FormatError, TernaryBackend};
+use ternoss_backends::{FormatError, TernaryBackend, TernaryLayout, TernaryWeight};
 use ternoss_model::{
     experts::{DenseExperts, Expert, Experts},
     layer::Layer,
@@ -152,44 +152,71 @@ impl<B: TernaryBackend> Assembly<'_, B> {
         matrix: usize,
         bias: Option<Tensor<B, 1>>,
     ) -> Result<Linear<Autodiff<B>>, FormatError> {
-        let layout = weight.layout();
-        let group = layout.group_size.unwrap_or(layout.in_features);
-        let weight = weight.weight();
-        let (mut sum, mut parts) = (None, Vec::new());
-        for plane in 0..layout.planes {
-            let (trits, scales) = weight.parts(matrix, plane);
+        let weight = weight.matrix(matrix);
+        let scales = self.scales(&weight.weight());
+        let soft = match self.toward.len() {
+            0 => None,
+            _ => Some(self.soft(&weight.weight(), &scales)?),
+        };
+        let bias = bias.map(|bias| {
+            let unit = rms(&bias);
+            self.tune(bias, unit)
+        });
+        let config = TernaryConfig { rotation: weight.layout().rotation, ..TernaryConfig::default() };
+        let linear = match soft {
+            Some(soft) => BitLinear::composed(soft, bias, &config),
+            None => {
+                let linear = BitLinear::tuned(TernaryTensor::from_inner(weight), Tensor::stack(scales, 0), bias);
+                self.pack(|| linear.to_packed())?;
+                linear
+            }
+        };
+        Ok(Linear::Ternary(linear))
+    }
+
+    /// The scales of each plane, `[rows, groups]`.
+    fn scales(&mut self, weight: &TernaryWeight<B>) -> Vec<Tensor<Autodiff<B>, 2>> {
+        let plane = |plane| {
+            let scales = weight.scales(0, plane);
             let shape @ [rows, groups] = scales.dims();
             let gain = self.tune(Tensor::ones([rows * groups], &scales.device()), 1.0).reshape(shape);
-            let scales = Tensor::<Autodiff<B>, 2>::from_inner(scales) * gain;
-            let mut soft = Tensor::<Autodiff<B>, 2>::from_inner(trits.clone());
-            let mut hard = trits.clone();
-            if let Some(toward) = self.toward.next() {
-                let size = trits.dims();
-                let start = Tensor::full([size[0] * size[1]], STAYS, &trits.device());
-                let logit = (self.next)(Slot { start, unit: LOGIT_UNIT, soft: true }).reshape(size);
-                hard = hard + toward.clone() * logit.clone().inner().greater_elem(0.0).float();
-                soft = soft + Tensor::from_inner(toward.clone()) * gone(logit, self.hardness);
-            }
-            if self.packed.is_some() {
-                let scales = scales.clone().inner().clamp_min(0.0);
-                parts.push(TernaryParts::from_scales(hard, scales, layout.group_size));
-            }
-            let plane = soft * spread(scales, layout.in_features, group);
+            Tensor::from_inner(scales) * gain
+        };
+        (0..weight.layout.planes).map(plane).collect()
+    }
+
+    /// A matrix of soft trits as floats.
+    fn soft(
+        &mut self,
+        weight: &TernaryWeight<B>,
+        scales: &[Tensor<Autodiff<B>, 2>],
+    ) -> Result<Tensor<Autodiff<B>, 2>, FormatError> {
+        let TernaryLayout { in_features, group_size, format, rotation, .. } = weight.layout;
+        let (mut sum, mut parts) = (None, Vec::new());
+        for ((plane, scales), toward) in scales.iter().enumerate().zip(self.toward.by_ref().take(scales.len())) {
+            let trits = weight.parts(0, plane).0;
+            let shape @ [rows, _] = trits.dims();
+            let start = Tensor::full([rows * in_features], STAYS, &trits.device());
+            let logit = (self.next)(Slot { start, unit: LOGIT_UNIT, soft: true }).reshape(shape);
+            let hard = trits.clone() + toward.clone() * logit.clone().inner().greater_elem(0.0).float();
+            let soft = Tensor::from_inner(trits) + Tensor::from_inner(toward.clone()) * gone(logit, self.hardness);
+            parts.push(TernaryParts::from_scales(hard, scales.clone().inner().clamp_min(0.0), group_size));
+            let plane = soft * spread(scales.clone(), in_features, group_size.unwrap_or(in_features));
             sum = Some(match sum {
                 Some(sum) => sum + plane,
                 None => plane,
             });
         }
-        let Some(sum) = sum else { return Err(FormatError::Empty { what: "planes" }) };
+        self.pack(|| PackedTernary::pack(&parts, format, rotation))?;
+        sum.ok_or(FormatError::Empty { what: "planes" })
+    }
+
+    /// Keeps a packed matrix, if that is asked for.
+    fn pack(&mut self, matrix: impl FnOnce() -> Result<PackedTernary, FormatError>) -> Result<(), FormatError> {
         if let Some(packed) = &mut self.packed {
-            packed.push(PackedTernary::pack(&parts, layout.format, layout.rotation)?);
+            packed.push(matrix()?);
         }
-        let config = TernaryConfig { rotation: layout.rotation, ..TernaryConfig::default() };
-        let bias = bias.map(|bias| {
-            let unit = rms(&bias);
-            self.tune(bias, unit)
-        });
-        Ok(Linear::Ternary(BitLinear::composed(sum, bias, &config)))
+        Ok(())
     }
 }
 
@@ -223,12 +250,19 @@ mod tests {
         (checkpoint, layer)
     }
 
-    fn output(checkpoint: &Checkpoint, number: usize, layer: &Layer<Flex>) -> Vec<f32> {
+    fn stream<B: Backend>(hidden: usize) -> Tensor<B, 2> {
+        let x = (0..TOKENS * hidden).map(|i| ((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0).collect();
+        Tensor::from_data(TensorData::new::<f32, _>(x, [TOKENS, hidden]), &Default::default())
+    }
+
+    fn forward<B: TernaryBackend>(checkpoint: &Checkpoint, number: usize, layer: &Layer<B>) -> Tensor<B, 2> {
         let config = checkpoint.config();
-        let x = (0..TOKENS * config.hidden_size).map(|i| ((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0).collect();
-        let x = Tensor::from_data(TensorData::new::<f32, _>(x, [TOKENS, config.hidden_size]), &Default::default());
         let rope = RotaryEmbedding::new(&config.rope, config.head_dim).tables(0..TOKENS, &Default::default());
-        host(layer.forward(x, &rope, &mut LayerCache::new(config.window(number))))
+        layer.forward(stream(config.hidden_size), &rope, &mut LayerCache::new(config.window(number)))
+    }
+
+    fn output(checkpoint: &Checkpoint, number: usize, layer: &Layer<Flex>) -> Vec<f32> {
+        host(forward(checkpoint, number, layer))
     }
 
     fn distance(found: &[f32], expected: &[f32]) -> f64 {
@@ -256,6 +290,35 @@ mod tests {
             for (linear, again) in linears.into_iter().zip(&hard.matrices) {
                 let before = linear.to_packed(&TernaryConfig::default()).unwrap();
                 assert_eq!(again.codes, before.codes, "layer {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_layer_in_floats() {
+        let rotated = TernaryConfig { rotation: Some(Rotation::default()), ..TernaryConfig::default() };
+        for (number, config) in [(0, TernaryConfig::default()), (1, rotated)] {
+            let (checkpoint, packed) = ternary(number, &config);
+            let Experts::Ternary(experts) = &packed.mlp.experts else { panic!("not packed") };
+            let linears = packed.self_attn.projections().map(|linear| linear.shape());
+            let pairs = [&experts.gate_up_proj, &experts.down_proj].map(TernaryTensor::layout);
+            let pairs = pairs.map(|layout| [layout.in_features, layout.rows]);
+            let shapes = linears.into_iter().chain(pairs.repeat(experts.gate_up_proj.layout().matrices));
+            // Trits that may go nowhere make a layer that is put together in floats.
+            let nowhere = shapes.map(|[inputs, rows]| Tensor::zeros([rows, inputs], &Default::default())).collect();
+            let [kernels, floats] = [Vec::new(), nowhere].map(|toward: Vec<Tensor<Flex, 2>>| {
+                let layer = TunedLayer::new(packed.clone(), toward).unwrap();
+                let y = forward(&checkpoint, number, &layer.compose(1.0, false).unwrap().layer);
+                let slopes = stream(checkpoint.config().hidden_size) + 0.5;
+                let gradients = layer.tuned.gradients(&(y * slopes).sum().backward());
+                let hard = gradients.into_iter().zip(&layer.tuned.slots).filter(|(_, slot)| !slot.soft);
+                hard.map(|(gradient, _)| gradient.map(host)).collect::<Vec<_>>()
+            });
+            assert!(kernels.len() == floats.len() && kernels.iter().flatten().count() > kernels.len() / 2);
+            for (slot, (found, expected)) in kernels.into_iter().zip(floats).enumerate() {
+                assert_eq!(found.is_some(), expected.is_some(), "slot {slot}");
+                let off = found.zip(expected).map_or(0.0, |(found, expected)| distance(&found, &expected));
+                assert!(off < 1e-6, "layer {number}, slot {slot} of the gradient is off by {off}");
             }
         }
     }

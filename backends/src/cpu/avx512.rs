@@ -6,9 +6,10 @@ use std::arch::x86_64::*;
 
 use super::shared::shared_arithmetic;
 pub(super) use super::{
-    avx2::{lookup_totals, stored_dots, t5_to_t2},
+    avx2::{lookup_totals, t5_to_t2},
     avx512_product::add_product,
     avx512_screen::screen_totals,
+    avx512_stored::stored_dots,
 };
 
 shared_arithmetic!("avx512f,avx512bw,avx512vl,avx2,fma,f16c");

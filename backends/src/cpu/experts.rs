@@ -31,6 +31,8 @@
 //! # Ok(()) }
 //! ```
 
+use rayon::prelude::*;
+
 use super::{
     Kernels, TernaryMatrices,
     linear::{self, Product, check},
@@ -148,6 +150,27 @@ fn waves(visits: Vec<Visit>) -> Vec<Vec<Visit>> {
         }
     }
     waves
+}
+
+/// Outputs of the gate that are worth a task.
+const GATES: usize = 1 << 13;
+
+/// The gate of any number of tokens: `gate_up` holds gate and up in turn and is twice as long as `out`.
+pub fn swiglu(kernels: Kernels, activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
+    let tasks = gate_up.par_chunks(2 * GATES).zip(out.par_chunks_mut(GATES));
+    tasks.for_each(|(gate_up, out)| kernels.swiglu(activation, gate_up, out));
+}
+
+/// The gradient by `gate_up` from the one by the gate, into `out`: both twice as long as `gradient`.
+pub fn swiglu_gradient(
+    kernels: Kernels,
+    activation: ClampedSwiGlu,
+    gate_up: &[f32],
+    gradient: &[f32],
+    out: &mut [f32],
+) {
+    let tasks = gate_up.par_chunks(2 * GATES).zip(gradient.par_chunks(GATES)).zip(out.par_chunks_mut(2 * GATES));
+    tasks.for_each(|((gate_up, gradient), out)| kernels.swiglu_gradient(activation, gate_up, gradient, out));
 }
 
 /// Some experts with all their tokens: fills `outputs [tokens * k, hidden]` for their choices.

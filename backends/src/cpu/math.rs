@@ -69,6 +69,22 @@ pub(super) fn swiglu(activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]
     }
 }
 
+/// What the gate's `gradient` says of `gate_up`, gate and up in turn as there: nothing where they are clamped.
+#[inline(always)]
+pub(super) fn swiglu_gradient(activation: ClampedSwiGlu, gate_up: &[f32], gradient: &[f32], out: &mut [f32]) {
+    let ClampedSwiGlu { alpha, limit } = activation;
+    for ((out, pair), gradient) in out.chunks_exact_mut(2).zip(gate_up.chunks_exact(2)).zip(gradient) {
+        let gate = if pair[0] > limit { limit } else { pair[0] };
+        let up = if pair[1] > limit { limit } else { pair[1] };
+        let up = if up < -limit { -limit } else { up };
+        let share = 1.0 / (1.0 + exp(-(alpha * gate)));
+        let of_gate = (up + 1.0) * (share + alpha * gate * (share * (1.0 - share))) * gradient;
+        let of_up = gate * share * gradient;
+        out[0] = if pair[0] > limit { 0.0 } else { of_gate };
+        out[1] = if pair[1] > limit || pair[1] < -limit { 0.0 } else { of_up };
+    }
+}
+
 /// One token rotated where there is a rotation, rounded to int8 and back to floats.
 #[inline(always)]
 pub(super) fn round_token(x: &mut [f32], rotation: Option<Rotation>) {

@@ -57,6 +57,8 @@ mod avx512_product;
 #[cfg(target_arch = "x86_64")]
 mod avx512_screen;
 #[cfg(target_arch = "x86_64")]
+mod avx512_stored;
+#[cfg(target_arch = "x86_64")]
 mod avx512_t5;
 #[cfg(target_arch = "x86_64")]
 mod avxvnni;
@@ -306,6 +308,11 @@ impl Kernels {
     /// The gate over one token: `gate_up` holds gate and up in turn and is twice as long as `out`.
     fn swiglu(self, activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
         dispatch!(self, swiglu(activation, gate_up, out));
+    }
+
+    /// The gradient by `gate_up` from the one by the gate: see [`math::swiglu_gradient`].
+    fn swiglu_gradient(self, activation: ClampedSwiGlu, gate_up: &[f32], gradient: &[f32], out: &mut [f32]) {
+        dispatch!(self, swiglu_gradient(activation, gate_up, gradient, out));
     }
 
     /// One token as a ternary kernel sees it, in floats.

@@ -9,6 +9,9 @@ macro_rules! shared_arithmetic {
                 x: &mut [f32], rotation: Option<$crate::format::Rotation>, quads: &mut [$crate::cpu::tokens::Quad], block_sums: &mut [i16]
             ) -> f32;
             math::swiglu(activation: $crate::ops::ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]);
+            math::swiglu_gradient(
+                activation: $crate::ops::ClampedSwiGlu, gate_up: &[f32], gradient: &[f32], out: &mut [f32]
+            );
             math::round_token(x: &mut [f32], rotation: Option<$crate::format::Rotation>);
             math::sink_softmax(scores: &mut [f32], scale: f32, sink: f32);
             math::exponentials(scores: &mut [f32], scale: f32, least: f32) -> [f32; 2];

@@ -90,12 +90,10 @@ impl<'a> TernaryRows<'a> {
     /// its row.
     pub fn decode_row(&self, row: Option<usize>, out: &mut [f32]) {
         let Some(row) = row.filter(|&row| row < self.layout().rows) else { return out.fill(f32::NAN) };
-        let TernaryLayout { format, planes, group_size, rotation, .. } = *self.layout();
+        let TernaryLayout { planes, group_size, rotation, .. } = *self.layout();
         let mut trits = vec![0i8; out.len()];
         for plane in 0..planes {
-            if format.unpack_row(self.codes(plane, row, 1), &mut trits).is_err() {
-                trits.fill(0);
-            }
+            self.trits(plane, row, &mut trits);
             let (row_scale, group_scales) = (self.row_scales(plane, row, 1)[0], self.group_scales(plane, row, 1));
             for (input, (out, trit)) in out.iter_mut().zip(&trits).enumerate() {
                 let group_scale = match (group_scales, group_size) {
@@ -108,6 +106,13 @@ impl<'a> TernaryRows<'a> {
         }
         if let Some(rotation) = rotation {
             rotation.rotate_back(out);
+        }
+    }
+
+    /// The trits of a row that is there, zeros where a code is invalid.
+    pub(super) fn trits(&self, plane: usize, row: usize, trits: &mut [i8]) {
+        if self.layout().format.unpack_row(self.codes(plane, row, 1), trits).is_err() {
+            trits.fill(0);
         }
     }
 

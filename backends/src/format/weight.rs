@@ -82,16 +82,37 @@ impl<B: Backend> TernaryWeight<B> {
     #[must_use]
     pub fn parts(&self, matrix: usize, plane: usize) -> (Tensor<B, 2>, Tensor<B, 2>) {
         let ungrouped = Self { group_scales: None, ..self.clone() };
+        (ungrouped.trits(matrix, plane), self.scales(matrix, plane))
+    }
+
+    /// The scales of one plane as floats: `[rows, groups]`, one group where a row has one scale.
+    ///
+    /// # Panics
+    /// As [`to_dense`](Self::to_dense).
+    #[must_use]
+    pub fn scales(&self, matrix: usize, plane: usize) -> Tensor<B, 2> {
         let scales = self.row_scale_column(matrix, plane);
-        let scales = match self.plane_group_scales(matrix, plane) {
+        match self.plane_group_scales(matrix, plane) {
             Some(factors) => {
                 let factors = factors.into_iter().map(f32::from).collect::<Vec<_>>();
                 let data = TensorData::new(factors, [self.layout.rows, self.layout.groups()]);
                 scales * Tensor::from_data(data, (&self.codes.device(), DType::F32))
             }
             None => scales,
-        };
-        (ungrouped.trits(matrix, plane), scales)
+        }
+    }
+
+    /// One matrix as a weight of its own.
+    ///
+    /// # Panics
+    /// As [`to_dense`](Self::to_dense).
+    #[must_use]
+    pub fn matrix(&self, matrix: usize) -> Self {
+        if matrix == 0 && self.layout.matrices == 1 {
+            return self.clone();
+        }
+        assert!(matrix < self.layout.matrices, "matrix {matrix} of {}", self.layout.matrices);
+        self.part([matrix..matrix + 1, 0..self.layout.planes, 0..self.layout.rows])
     }
 
     /// The same weight with [`CodeFormat::T2`] codes, rewritten in memory where they are [`CodeFormat::T5`].
@@ -118,12 +139,17 @@ impl<B: Backend> TernaryWeight<B> {
 
     /// One row of one matrix as a weight of its own, both below the layout's bounds.
     pub(crate) fn row(&self, matrix: usize, row: usize) -> Self {
-        let part = [matrix..matrix + 1, 0..self.layout.planes, row..row + 1];
+        self.part([matrix..matrix + 1, 0..self.layout.planes, row..row + 1])
+    }
+
+    /// Some matrices, planes and rows of it.
+    pub(crate) fn part(&self, part: [Range<usize>; 3]) -> Self {
+        let [matrices, planes, rows] = part.each_ref().map(ExactSizeIterator::len);
         Self {
             codes: self.codes.clone().slice(part.clone()),
             row_scales: self.row_scales.clone().slice(part.clone()),
             group_scales: self.group_scales.clone().map(|scales| part_of_bytes(scales, part)),
-            layout: TernaryLayout { matrices: 1, rows: 1, ..self.layout },
+            layout: TernaryLayout { matrices, planes, rows, ..self.layout },
         }
     }
 
@@ -166,7 +192,7 @@ impl<B: Backend> TernaryWeight<B> {
 }
 
 /// Some matrices, planes and rows of group scales. A device that cannot compute with bytes has them cut out on the host.
-pub(crate) fn part_of_bytes<B: Backend>(
+fn part_of_bytes<B: Backend>(
     scales: Tensor<B, 4, Int>,
     [matrices, planes, rows]: [Range<usize>; 3],
 ) -> Tensor<B, 4, Int> {

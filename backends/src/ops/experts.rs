@@ -13,6 +13,18 @@ pub struct ClampedSwiGlu {
     pub limit: f32,
 }
 
+/// The gate between an expert's two matrices, as [`ClampedSwiGlu`] says: `gate_up [n, 2 * intermediate]`, gate and up
+/// alternating, to `[n, intermediate]`.
+///
+/// # Panics
+/// If the width is odd.
+#[must_use]
+pub fn clamped_swiglu<B: TernaryBackend>(gate_up: Tensor<B, 2>, activation: ClampedSwiGlu) -> Tensor<B, 2> {
+    assert!(gate_up.dims()[1].is_multiple_of(2), "gate and up of {:?}", gate_up.dims());
+    let dtype = gate_up.dtype();
+    restore(timed(|| B::clamped_swiglu(single(gate_up), activation)), dtype)
+}
+
 /// The experts of one layer: two ternary matrices each, with biases, and the gate between them.
 #[derive(Debug, Clone)]
 pub struct TernaryExperts<B: Backend> {

@@ -34,7 +34,7 @@ pub(crate) use cache::Ring;
 pub use cache::{KvFormat, LayerCache};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub(crate) use experts::layer_by_parts;
-pub use experts::{ClampedSwiGlu, ExpertLayer, TernaryExperts, expert_layer};
+pub use experts::{ClampedSwiGlu, ExpertLayer, TernaryExperts, clamped_swiglu, expert_layer};
 pub use stopwatch::time_in_operations;
 pub use stored::{StoredFloat, StoredMatrix, screen, screen_bounds, stored_linear, stored_linear_at, stored_rows};
 
@@ -62,6 +62,24 @@ pub trait TernaryBackend: Backend {
     #[must_use]
     fn ternary_linear(x: Tensor<Self, 2>, weight: &TernaryWeight<Self>, matrix: usize) -> Tensor<Self, 2> {
         reference::ternary_linear(x, weight, matrix)
+    }
+
+    /// See [`tuned_linear`].
+    #[must_use]
+    fn tuned_linear(x: Tensor<Self, 2>, trits: &TernaryWeight<Self>, scales: Tensor<Self, 3>) -> Tensor<Self, 2> {
+        reference::tuned_linear(x, trits, scales)
+    }
+
+    /// The matrix of [`tuned_linear`]: see [`reference::scaled_trits`].
+    #[must_use]
+    fn scaled_trits(trits: &TernaryWeight<Self>, scales: Tensor<Self, 3>) -> Tensor<Self, 2> {
+        reference::scaled_trits(trits, scales)
+    }
+
+    /// The gradient by the scales of [`tuned_linear`]: see [`reference::scale_gradient`].
+    #[must_use]
+    fn scale_gradient(of_matrix: Tensor<Self, 2>, trits: &TernaryWeight<Self>) -> Tensor<Self, 3> {
+        reference::scale_gradient(of_matrix, trits)
     }
 
     /// See [`ternary_linears`].
@@ -113,6 +131,22 @@ pub trait TernaryBackend: Backend {
         experts: &TernaryExperts<Self>,
     ) -> Tensor<Self, 2> {
         reference::ternary_experts(x, chosen, weights, experts)
+    }
+
+    /// See [`clamped_swiglu`].
+    #[must_use]
+    fn clamped_swiglu(gate_up: Tensor<Self, 2>, activation: ClampedSwiGlu) -> Tensor<Self, 2> {
+        reference::clamped_swiglu(gate_up, activation)
+    }
+
+    /// The gradient of [`clamped_swiglu`]: see [`reference::clamped_swiglu_gradient`].
+    #[must_use]
+    fn clamped_swiglu_gradient(
+        gate_up: Tensor<Self, 2>,
+        gradient: Tensor<Self, 2>,
+        activation: ClampedSwiGlu,
+    ) -> Tensor<Self, 2> {
+        reference::clamped_swiglu_gradient(gate_up, gradient, activation)
     }
 
     /// See [`expert_layer`].
@@ -268,6 +302,30 @@ pub fn ternary_linear<B: TernaryBackend, const D: usize>(
     let y = timed(|| B::ternary_linear(single(x.reshape([tokens, layout.in_features])), weight, matrix));
     shape[D - 1] = layout.rows;
     restore(y.reshape(shape), dtype)
+}
+
+/// [`ternary_linear`] with the trits of the one matrix of `trits` and other scales: floats that are tuned, not yet rounded as
+/// the format stores them, `[planes, rows, groups]`, one group where a row has one scale.
+///
+/// ```text
+/// y[t, r] = sum over inputs i of  x[t, i] * sum over planes p of scales[p, r, group of i] * trits[p, r, i]      x as rounded
+/// ```
+///
+/// Gradients go to `x`, for which the rounding counts as the identity, and to the scales.
+///
+/// # Panics
+/// If shapes do not fit each other, or there are several matrices.
+#[must_use]
+pub fn tuned_linear<B: TernaryBackend>(
+    x: Tensor<B, 2>,
+    trits: &TernaryWeight<B>,
+    scales: Tensor<B, 3>,
+) -> Tensor<B, 2> {
+    let layout = trits.layout;
+    assert!(x.dims()[1] == layout.in_features && layout.matrices == 1, "x of {:?} times {layout:?}", x.dims());
+    assert_eq!(scales.dims(), [layout.planes, layout.rows, layout.groups().max(1)], "scales of {layout:?}");
+    let dtype = x.dtype();
+    restore(timed(|| B::tuned_linear(single(x), trits, single(scales))), dtype)
 }
 
 /// A ternary matrix with its bias `[rows]`.

@@ -1,5 +1,6 @@
 use burn::tensor::{Int, Tensor, TensorData, activation::sigmoid, backend::Backend};
 
+use super::magnitude;
 use crate::ops::{ClampedSwiGlu, TernaryBackend, TernaryExperts};
 
 /// [`ternary_experts`](crate::ternary_experts) as a loop over the chosen experts, each with the backend's own
@@ -35,20 +36,48 @@ pub fn ternary_experts<B: TernaryBackend>(
 fn one_expert<B: TernaryBackend>(x: Tensor<B, 2>, experts: &TernaryExperts<B>, expert: usize) -> Tensor<B, 2> {
     let bias = |bias: &Tensor<B, 2>| bias.clone().slice_dim(0, expert..expert + 1);
     let gate_up = B::ternary_linear(x, &experts.gate_up, expert) + bias(&experts.gate_up_bias);
-    let hidden = clamped_swiglu(gate_up, experts.activation);
+    let hidden = B::clamped_swiglu(gate_up, experts.activation);
     B::ternary_linear(hidden, &experts.down, expert) + bias(&experts.down_bias)
 }
 
-/// The gate between the two matrices: `[n, 2 * intermediate]`, gate and up alternating, to `[n, intermediate]`.
+/// [`clamped_swiglu`](crate::clamped_swiglu) with Burn's operations.
 #[must_use]
 pub fn clamped_swiglu<B: Backend>(gate_up: Tensor<B, 2>, activation: ClampedSwiGlu) -> Tensor<B, 2> {
-    let [n, width] = gate_up.dims();
-    let pairs = gate_up.reshape([n, width / 2, 2]);
-    let gate = pairs.clone().slice([0..n, 0..width / 2, 0..1]).reshape([n, width / 2]);
-    let up = pairs.slice([0..n, 0..width / 2, 1..2]).reshape([n, width / 2]);
+    let [gate, up] = gate_and_up(gate_up);
     let gate = gate.clamp_max(activation.limit);
     let up = up.clamp(-activation.limit, activation.limit);
     (up + 1.0) * gate.clone() * sigmoid(gate * activation.alpha)
+}
+
+/// What [`clamped_swiglu`] says of its argument, from the gradient of its result: `[n, 2 * intermediate]`, zero where gate or
+/// up are clamped. With `s = sigmoid(alpha * gate)`: `(up + 1) * (s + alpha * gate * s * (1 - s))` for the gate, `gate * s`
+/// for up, times the gradient.
+#[must_use]
+pub fn clamped_swiglu_gradient<B: Backend>(
+    gate_up: Tensor<B, 2>,
+    gradient: Tensor<B, 2>,
+    activation: ClampedSwiGlu,
+) -> Tensor<B, 2> {
+    let ClampedSwiGlu { alpha, limit } = activation;
+    let shape @ [n, width] = gate_up.dims();
+    let [gate, up] = gate_and_up(gate_up);
+    let clamped = [gate.clone().greater_elem(limit), magnitude(up.clone()).greater_elem(limit)];
+    let (gate, up) = (gate.clamp_max(limit), up.clamp(-limit, limit));
+    let share = sigmoid(gate.clone() * alpha);
+    let slope = share.clone() + gate.clone() * alpha * (share.clone() * (-share.clone() + 1.0));
+    let gradients = [(up + 1.0) * slope * gradient.clone(), gate * share * gradient];
+    let masked = gradients.into_iter().zip(clamped).map(|(gradient, clamped)| {
+        let gradient = gradient.mask_fill(clamped, 0.0);
+        gradient.reshape([n, width / 2, 1])
+    });
+    Tensor::cat(masked.collect(), 2).reshape(shape)
+}
+
+/// Both halves of `[n, 2 * intermediate]`, which alternate.
+fn gate_and_up<B: Backend>(gate_up: Tensor<B, 2>) -> [Tensor<B, 2>; 2] {
+    let [n, width] = gate_up.dims();
+    let pairs = gate_up.reshape([n, width / 2, 2]);
+    [0, 1].map(|half| pairs.clone().slice([0..n, 0..width / 2, half..half + 1]).reshape([n, width / 2]))
 }
 
 /// Which tokens go to which expert, and where each choice's output row lies once the experts' outputs are stacked.

@@ -25,9 +25,10 @@ pub(crate) use attention::attention_by;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub(crate) use attention::each_alone;
 pub use attention::{cached_attention, rotate_heads, sink_attention, sink_softmax, sink_softmax_gradient};
-pub use experts::{clamped_swiglu, ternary_experts};
+pub use experts::{clamped_swiglu, clamped_swiglu_gradient, ternary_experts};
 pub use linear::{
-    fake_quantize, magnitude, norm_linears, rotate, rotate_back, round_activations, ternary_linear, ternary_linears,
+    fake_quantize, magnitude, norm_linears, rotate, rotate_back, round_activations, scale_gradient, scaled_trits,
+    ternary_linear, ternary_linears, tuned_linear,
 };
 pub use routing::{rms_norm, route};
 pub use rows::ternary_rows;

@@ -44,6 +44,7 @@ fn quantized_linear<B: TernaryBackend>(linear: &Linear<B>) -> Linear<B> {
         Linear::Ternary(ternary) => {
             let weight = match &ternary.weight {
                 BitWeight::Packed(packed) => matrix(packed, 0),
+                BitWeight::Tuned(tuned) => matrix(&tuned.rounded(), 0),
                 BitWeight::Latent(latent) => latent.weight.val(),
             };
             (weight, ternary.bias.as_ref().map(Param::val))
