@@ -53,9 +53,18 @@ impl<B: TernaryBackend> LayerCalibration<'_, B> {
         let context = teacher.shape()[0];
         let routing = route(&self.student.mlp.router, &teacher_in)?;
         let visits = visits(routing, numbers.len(), *calibrated * context, self.device);
+        // What dropped experts would have added, the others are to make up for.
+        let missing = match &selection {
+            Some(selection) if self.recipe.steps.residual => {
+                let kept = (self.number, numbers.as_slice());
+                let (_, output) = prune::run(self.checkpoint, kept, &teacher_in, &visits, self.device)?;
+                Some(selection.output.map(teacher.shape()[1], |block, all| Ok(all - output.get(block)?))?)
+            }
+            _ => None,
+        };
         let of_window = |at| Ok(Inputs { student: student_in.get(at)?, teacher: teacher_in.get(at)?, lack: None });
         let whole = self.moments(context, *calibrated, of_window)?;
-        let inputs = ExpertInputs { teacher: teacher_in, student: student_in, whole };
+        let inputs = ExpertInputs { teacher: teacher_in, student: student_in, whole, missing };
         let output = self.all_experts(&numbers, &visits, &inputs)?;
         let output = selection.map_or(output, |selection| selection.output);
         teacher.update(|block, x| Ok(x + output.get(block)?))?;
@@ -126,7 +135,7 @@ impl<B: TernaryBackend> LayerCalibration<'_, B> {
             // An expert's output counts by its weight, and the weights of a token's experts sum to one: so each of them is
             // to give all that is lacking.
             let lack = match self.recipe.steps.residual {
-                true => Some(streams.rows(&visits.rows)? - inputs.student.streams.rows(&visits.rows)?),
+                true => Some(inputs.lack(&visits.rows)?),
                 false => None,
             };
             let of_down = Inputs { student: student_hidden, teacher: teacher_hidden.clone(), lack };
@@ -224,6 +233,19 @@ struct ExpertInputs<'a, B: TernaryBackend> {
     student: Normed<'a, B>,
     /// Moments of all tokens, on which rare experts lean.
     whole: Moments<B>,
+    /// What all full-precision experts add to the stream beyond those that stay, where some are dropped.
+    missing: Option<Rows<B>>,
+}
+
+impl<B: TernaryBackend> ExpertInputs<'_, B> {
+    /// What the student's stream lacks of the teacher's, with what nobody in this layer adds.
+    fn lack(&self, rows: &[usize]) -> Result<Tensor<B, 2>, CalibError> {
+        let lack = self.teacher.streams.rows(rows)? - self.student.streams.rows(rows)?;
+        Ok(match &self.missing {
+            Some(missing) => lack + missing.rows(rows)?,
+            None => lack,
+        })
+    }
 }
 
 /// Both matrices of an expert, and what it adds to the teacher's stream for each of its tokens.

@@ -27,7 +27,8 @@ pub struct Steps {
     /// `W* = W (G + l I)(H + l I)^-1`, `H = E[x~ x~^T]`, `G = E[x x~^T]`.
     pub regression: bool,
     /// Make up for what came before: what is added to the residual stream also aims at what the student's stream lacks of
-    /// the teacher's, as far as the inputs tell: `W* += E[e x~^T](H + l I)^-1`, `e` the difference of the streams.
+    /// the teacher's, as far as the inputs tell: `W* += E[e x~^T](H + l I)^-1`, `e` the difference of the streams, for `down`
+    /// with what dropped experts would have added.
     pub residual: bool,
     /// Round column by column and pass each error on (ternary GPTQ). Without it, every group is fitted on its own.
     pub compensation: bool,

@@ -77,23 +77,35 @@ pub(crate) fn select<B: TernaryBackend>(
     device: &B::Device,
 ) -> Result<Selection<B>, CalibError> {
     let experts = checkpoint.config().num_local_experts;
-    let [context, hidden] = inputs.streams.shape();
+    let context = inputs.streams.shape()[0];
     let visits = visits(route(router, inputs)?, experts, calibrated * context, device);
-    let mut output = inputs.streams.map(hidden, |_, x| Ok(x.zeros_like()))?;
-    let mut importance = Vec::with_capacity(experts);
-    for first in (0..experts).step_by(EXPERTS_AT_ONCE) {
-        let batch: Result<Vec<_>, CalibError> = (first..(first + EXPERTS_AT_ONCE).min(experts))
-            .into_par_iter()
-            .map(|number_of| measure(checkpoint, [number, number_of], inputs, &visits[number_of], device))
-            .collect();
+    let (importance, output) = run(checkpoint, (number, &(0..experts).collect::<Vec<_>>()), inputs, &visits, device)?;
+    Ok(Selection { kept: most_important(&importance, keep), output })
+}
+
+/// Runs experts of a layer in full precision on the tokens that visit them, four at a time: the importance of each, and what
+/// they add to the stream together.
+pub(crate) fn run<B: TernaryBackend>(
+    checkpoint: &Checkpoint,
+    (layer, numbers): (usize, &[usize]),
+    inputs: &Normed<'_, B>,
+    visits: &[Visits<B>],
+    device: &B::Device,
+) -> Result<(Vec<f64>, Rows<B>), CalibError> {
+    let mut importance = Vec::with_capacity(numbers.len());
+    let mut output = inputs.streams.map(inputs.streams.shape()[1], |_, x| Ok(x.zeros_like()))?;
+    for (numbers, visits) in numbers.chunks(EXPERTS_AT_ONCE).zip(visits.chunks(EXPERTS_AT_ONCE)) {
+        let batch = numbers.par_iter().zip(visits);
+        let batch: Result<Vec<_>, CalibError> =
+            batch.map(|(number, visits)| measure(checkpoint, [layer, *number], inputs, visits, device)).collect();
         let mut outputs = Vec::new();
-        for (measured, visits) in batch?.into_iter().zip(&visits[first..]) {
+        for (measured, visits) in batch?.into_iter().zip(visits) {
             importance.push(measured.importance);
             outputs.push((visits, measured.output));
         }
         add_visits(&mut output, &outputs, device)?;
     }
-    Ok(Selection { kept: most_important(&importance, keep), output })
+    Ok((importance, output))
 }
 
 /// The `keep` most important experts, in their order.
