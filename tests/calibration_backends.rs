@@ -17,14 +17,18 @@ use ternoss::{
 
 const CONTEXT: usize = 128;
 
+/// Tokens that are calibrated on, and tokens that are measured on.
+const TOKENS: usize = 16_384;
+
 /// Quantizes the shipped model with everything that looks at a text; the report, and the perplexity on another text.
 fn calibrated<B: TernaryBackend>(output: &Path) -> (Report, f64) {
     let checkpoint = Checkpoint::open(&example("tiny-gpt-oss")).unwrap();
     let tokenizer = Tokenizer::from_folder(checkpoint.folder()).unwrap();
     let tokens = |name: &str| tokenizer.encode(&fs::read_to_string(example(name)).unwrap(), true).unwrap();
     let text = tokens("text/calibration.txt");
-    // Enough that a trit here or there, which the last bits of a sum decide, weighs less than a percent.
-    let calibration = Calibration::new(&text, CONTEXT, 8192, checkpoint.config()).unwrap().with_fresh(&text, 4);
+    // Enough that a trit here or there, which the last bits of a sum decide, weighs less than a percent: with half of it, it
+    // weighs one to two.
+    let calibration = Calibration::new(&text, CONTEXT, TOKENS, checkpoint.config()).unwrap().with_fresh(&text, 4);
     let options = QuantizeOptions::new(Method::Ternoss);
     let steps = Steps { reconstruction: 6, ..options.steps };
     let options = QuantizeOptions { steps, distill: 4, bits_per_weight: Some(2.7), ..options };
@@ -33,8 +37,8 @@ fn calibrated<B: TernaryBackend>(output: &Path) -> (Report, f64) {
     // Measured on one backend, so that only the calibration differs.
     let model = Checkpoint::open(output).unwrap();
     let model = GptOss::<Flex>::load(&model, LoadOptions::default(), &Default::default()).unwrap();
-    let text = &tokens("text/prose_test.txt")[..4096];
-    (report, model.perplexity(text, CONTEXT, |_| ()).unwrap().value())
+    let text = tokens("text/prose_test.txt");
+    (report, model.perplexity(&text[..TOKENS.min(text.len())], CONTEXT, |_| ()).unwrap().value())
 }
 
 #[test]
