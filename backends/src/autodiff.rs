@@ -1,7 +1,7 @@
 //! Gradients: the operations on `Autodiff<B>`, run forward by whatever `B` has.
 //!
-//! `ternary_linear`, `tuned_linear`, `stored_linear` and `clamped_swiglu` have gradients of their own; `ternary_experts` is composed of them and
-//! `sink_attention` of Burn's operations, whose gradients follow.
+//! `ternary_linear`, `tuned_linear`, `stored_linear` and `clamped_swiglu` have gradients of their own; `ternary_experts` is
+//! composed of them and `sink_attention` of Burn's operations, whose gradients follow.
 
 use burn::tensor::{Int, Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
 use burn_autodiff::{

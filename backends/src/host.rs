@@ -20,6 +20,7 @@ use crate::{
         screen::Screen,
         stored::{self, StoredRows},
         tokens::{self, Tokens},
+        tuned,
     },
     format::{FormatError, Rotation, TernaryLayout, TernaryWeight},
     ops::{
@@ -111,8 +112,8 @@ pub(crate) fn ternary_linear<B: HostBackend>(
 pub(crate) fn scaled_trits<B: HostBackend>(trits: &TernaryWeight<B>, scales: Tensor<B, 3>) -> Tensor<B, 2> {
     let (shape, device) = ([trits.layout.rows, trits.layout.in_features], scales.device());
     let (scales, mut out) = (primitive(scales), vec![0.0; shape[0] * shape[1]]);
-    let result = WeightParts::new(trits)
-        .with(|view| linear::scaled_trits(&one_matrix(&view, 0)?, &B::floats(&scales), &mut out));
+    let result =
+        WeightParts::new(trits).with(|view| tuned::scaled_trits(&one_matrix(&view, 0)?, &B::floats(&scales), &mut out));
     finish(result, out, shape, &device)
 }
 
@@ -121,7 +122,7 @@ pub(crate) fn scale_gradient<B: HostBackend>(of_matrix: Tensor<B, 2>, trits: &Te
     let (layout, device) = (trits.layout, of_matrix.device());
     let of_matrix = primitive(of_matrix);
     let gradient =
-        WeightParts::new(trits).with(|view| linear::scale_gradient(&one_matrix(&view, 0)?, &B::floats(&of_matrix)));
+        WeightParts::new(trits).with(|view| tuned::scale_gradient(&one_matrix(&view, 0)?, &B::floats(&of_matrix)));
     let (result, out) = match gradient {
         Ok(out) => (Ok(()), out),
         Err(error) => (Err(error), Vec::new()),

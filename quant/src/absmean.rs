@@ -13,7 +13,7 @@
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use serde::{Deserialize, Serialize};
-use ternoss_backends::reference::magnitude;
+use ternoss_backends::reference::{magnitude, spread};
 
 /// How many weights share one `mean|W|`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,14 +141,4 @@ pub(crate) fn snap_group_scales<B: Backend>(scales: Tensor<B, 2>) -> (Tensor<B, 
     let divisor = step.clone().mask_fill(step.clone().equal_elem(0.0), 1.0);
     let multiples = (scales / divisor).round().clamp(0.0, 255.0);
     (step.squeeze_dim(1), multiples)
-}
-
-/// Repeats each group's value over its `size` inputs: `[rows, groups]` to `[rows, in_features]`.
-pub fn spread<B: Backend>(values: Tensor<B, 2>, in_features: usize, size: usize) -> Tensor<B, 2> {
-    let [rows, groups] = values.dims();
-    values
-        .unsqueeze_dim::<3>(2)
-        .expand([rows, groups, size])
-        .reshape([rows, groups * size])
-        .slice([0..rows, 0..in_features])
 }

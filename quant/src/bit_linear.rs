@@ -207,22 +207,12 @@ impl<B: TernaryBackend> BitLinear<B> {
     /// `[.., in_features]` to `[.., out_features]`.
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
         let y = match &self.weight {
-            BitWeight::Latent(latent) => {
-                let weight = latent.fake_quantize().transpose();
-                let mut shape = x.dims();
-                let [in_features, out_features] = weight.dims();
-                let tokens = shape.iter().product::<usize>() / in_features;
-                let x = round_activations(x.reshape([tokens, in_features]), latent.config.rotation);
-                shape[D - 1] = out_features;
-                x.matmul(weight).reshape(shape)
-            }
+            BitWeight::Latent(latent) => each_token(x, |x| {
+                round_activations(x, latent.config.rotation).matmul(latent.fake_quantize().transpose())
+            }),
             BitWeight::Packed(packed) => ternary_linear(x, &packed.weight(), 0),
             BitWeight::Tuned(TunedWeight { trits, scales }) => {
-                let layout = trits.layout();
-                let mut shape = x.dims();
-                let tokens = shape.iter().product::<usize>() / layout.in_features;
-                shape[D - 1] = layout.rows;
-                tuned_linear(x.reshape([tokens, layout.in_features]), &trits.weight(), scales.val()).reshape(shape)
+                each_token(x, |x| tuned_linear(x, &trits.weight(), scales.val()))
             }
         };
         match &self.bias {
@@ -230,4 +220,16 @@ impl<B: TernaryBackend> BitLinear<B> {
             None => y,
         }
     }
+}
+
+/// A product with tokens `[tokens, in_features]` for `x [.., in_features]`.
+fn each_token<B: Backend, const D: usize>(
+    x: Tensor<B, D>,
+    product: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>,
+) -> Tensor<B, D> {
+    let mut shape = x.dims();
+    let tokens = shape[..D - 1].iter().product();
+    let y = product(x.reshape([tokens, shape[D - 1]]));
+    shape[D - 1] = y.dims()[1];
+    y.reshape(shape)
 }

@@ -5,14 +5,12 @@ use burn::{
     tensor::{Tensor, activation::sigmoid, backend::Backend},
 };
 use burn_autodiff::Autodiff;
-use ternoss_backends::{FormatError, TernaryBackend, TernaryLayout, TernaryWeight};
+use ternoss_backends::{FormatError, TernaryBackend, TernaryLayout, TernaryWeight, reference::spread};
 use ternoss_model::{
     experts::{DenseExperts, Expert, Experts},
     layer::Layer,
 };
-use ternoss_quant::{
-    BitLinear, BitWeight, Linear, PackedTernary, TernaryConfig, TernaryParts, TernaryTensor, absmean::spread,
-};
+use ternoss_quant::{BitLinear, BitWeight, Linear, PackedTernary, TernaryConfig, TernaryParts, TernaryTensor};
 
 use crate::adam::{Slot, Tuned, rms};
 
@@ -198,9 +196,11 @@ impl<B: TernaryBackend> Assembly<'_, B> {
             let shape @ [rows, _] = trits.dims();
             let start = Tensor::full([rows * in_features], STAYS, &trits.device());
             let logit = (self.next)(Slot { start, unit: LOGIT_UNIT, soft: true }).reshape(shape);
-            let hard = trits.clone() + toward.clone() * logit.clone().inner().greater_elem(0.0).float();
+            if self.packed.is_some() {
+                let hard = trits.clone() + toward.clone() * logit.clone().inner().greater_elem(0.0).float();
+                parts.push(TernaryParts::from_scales(hard, scales.clone().inner().clamp_min(0.0), group_size));
+            }
             let soft = Tensor::from_inner(trits) + Tensor::from_inner(toward.clone()) * gone(logit, self.hardness);
-            parts.push(TernaryParts::from_scales(hard, scales.clone().inner().clamp_min(0.0), group_size));
             let plane = soft * spread(scales.clone(), in_features, group_size.unwrap_or(in_features));
             sum = Some(match sum {
                 Some(sum) => sum + plane,

@@ -31,8 +31,6 @@
 //! # Ok(()) }
 //! ```
 
-use rayon::prelude::*;
-
 use super::{
     Kernels, TernaryMatrices,
     linear::{self, Product, check},
@@ -152,13 +150,17 @@ fn waves(visits: Vec<Visit>) -> Vec<Vec<Visit>> {
     waves
 }
 
-/// Outputs of the gate that are worth a task.
-const GATES: usize = 1 << 13;
+/// Outputs of the gate in a piece of work.
+const GATES: usize = 1 << 11;
+
+/// Multiply-adds that a gate, or a number that goes in, takes as long as.
+const GATE_WORK: usize = 16;
 
 /// The gate of any number of tokens: `gate_up` holds gate and up in turn and is twice as long as `out`.
 pub fn swiglu(kernels: Kernels, activation: ClampedSwiGlu, gate_up: &[f32], out: &mut [f32]) {
-    let tasks = gate_up.par_chunks(2 * GATES).zip(out.par_chunks_mut(GATES));
-    tasks.for_each(|(gate_up, out)| kernels.swiglu(activation, gate_up, out));
+    let pieces = gate_up.chunks(2 * GATES).zip(out.chunks_mut(GATES));
+    let parallel = tasks::is_parallel(gate_up.len() * GATE_WORK);
+    tasks::run(pieces.collect(), parallel, |(gate_up, out)| kernels.swiglu(activation, gate_up, out));
 }
 
 /// The gradient by `gate_up` from the one by the gate, into `out`: both twice as long as `gradient`.
@@ -169,8 +171,11 @@ pub fn swiglu_gradient(
     gradient: &[f32],
     out: &mut [f32],
 ) {
-    let tasks = gate_up.par_chunks(2 * GATES).zip(gradient.par_chunks(GATES)).zip(out.par_chunks_mut(2 * GATES));
-    tasks.for_each(|((gate_up, gradient), out)| kernels.swiglu_gradient(activation, gate_up, gradient, out));
+    let pieces = gate_up.chunks(2 * GATES).zip(gradient.chunks(GATES)).zip(out.chunks_mut(2 * GATES));
+    let parallel = tasks::is_parallel(gate_up.len() * GATE_WORK);
+    tasks::run(pieces.collect(), parallel, |((gate_up, gradient), out)| {
+        kernels.swiglu_gradient(activation, gate_up, gradient, out);
+    });
 }
 
 /// Some experts with all their tokens: fills `outputs [tokens * k, hidden]` for their choices.
@@ -182,9 +187,7 @@ fn run_wave(kernels: Kernels, experts: &Experts<'_>, inputs: &Tokens, k: usize, 
     products(kernels, &experts.gate_up, experts.gate_up_bias, wave, visitors, &mut gate_up);
 
     let mut hidden = vec![0.0; choices * lower.in_features];
-    let parallel = tasks::is_parallel(gate_up.len() * 16);
-    let pairs = gate_up.chunks_exact(upper.rows).zip(hidden.chunks_exact_mut(lower.in_features));
-    tasks::run(pairs.collect(), parallel, |(gate_up, out)| kernels.swiglu(experts.activation, gate_up, out));
+    swiglu(kernels, experts.activation, &gate_up, &mut hidden);
     drop(gate_up);
     let hidden = Tokens::quantize(kernels, &hidden, lower.in_features, lower.rotation);
 

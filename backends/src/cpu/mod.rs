@@ -80,12 +80,15 @@ mod scalar;
 pub mod screen;
 mod shared;
 pub mod stored;
+#[cfg(target_arch = "x86_64")]
+mod stored_tile;
 mod t5;
 mod tasks;
 mod team;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 mod tiles;
 pub mod tokens;
+pub mod tuned;
 mod view;
 #[cfg(target_arch = "x86_64")]
 mod vnni;

@@ -20,6 +20,7 @@ mod routing;
 mod rows;
 mod screen;
 mod stored;
+mod tuned;
 
 pub(crate) use attention::attention_by;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
@@ -27,10 +28,10 @@ pub(crate) use attention::each_alone;
 pub use attention::{cached_attention, rotate_heads, sink_attention, sink_softmax, sink_softmax_gradient};
 pub use experts::{clamped_swiglu, clamped_swiglu_gradient, ternary_experts};
 pub use linear::{
-    fake_quantize, magnitude, norm_linears, rotate, rotate_back, round_activations, scale_gradient, scaled_trits,
-    ternary_linear, ternary_linears, tuned_linear,
+    fake_quantize, magnitude, norm_linears, rotate, rotate_back, round_activations, ternary_linear, ternary_linears,
 };
 pub use routing::{rms_norm, route};
 pub use rows::ternary_rows;
 pub use screen::screen_bounds;
 pub use stored::{stored_linear, stored_linear_at, stored_linear_transposed, stored_rows};
+pub use tuned::{scale_gradient, scaled_trits, spread, tuned_linear};

@@ -2,21 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::super::stored::LANES;
+use super::super::stored_tile::stored_kernels;
 use crate::ops::StoredFloat;
 
-const BF16: u8 = 0;
-const F16: u8 = 1;
-const F32: u8 = 2;
+/// Sixteen floats.
+type Lanes = [__m256; 2];
 
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(in crate::cpu) fn stored_dots(float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {
-    match float {
-        StoredFloat::Bf16 => dots_of::<BF16>(float, rows, tokens, out),
-        StoredFloat::F16 => dots_of::<F16>(float, rows, tokens, out),
-        StoredFloat::F32 => dots_of::<F32>(float, rows, tokens, out),
-    }
-}
+stored_kernels!("avx2,fma,f16c");
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dots_of<const FLOAT: u8>(float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32]], out: &mut [f32]) {
@@ -37,54 +29,15 @@ fn dots_of<const FLOAT: u8>(float: StoredFloat, rows: &[&[u32]], tokens: &[&[f32
     }
 }
 
-/// `R` stored rows times `T` tokens, `out[row * T + token]`.
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_tile<const R: usize, const T: usize, const FLOAT: u8>(
-    float: StoredFloat,
-    rows: [&[u32]; R],
-    tokens: [&[f32]; T],
-    out: &mut [f32],
-) {
-    let step = if FLOAT == F32 { LANES } else { LANES / 2 };
-    let whole = rows[0].len() / step;
-    // What the unchecked loads below rely on.
-    assert!(rows.iter().all(|row| row.len() == rows[0].len()), "rows of one matrix");
-    assert!(tokens.iter().all(|token| token.len() >= rows[0].len().div_ceil(step) * LANES), "padded tokens");
-    let mut sums = [[[_mm256_setzero_ps(); 2]; T]; R];
-    for i in 0..whole {
-        for r in 0..R {
-            // SAFETY: i < whole, so the row has the words of 16 elements from i * step on.
-            let weights = unsafe { load_stored::<FLOAT>(rows[r].as_ptr().add(i * step)) };
-            for t in 0..T {
-                // SAFETY: tokens have at least whole * 16 floats.
-                let x = unsafe { load_lanes(tokens[t].as_ptr().add(i * LANES)) };
-                sums[r][t] = multiply_add(weights, x, sums[r][t]);
-            }
-        }
-    }
-    if whole * step < rows[0].len() {
-        for r in 0..R {
-            let mut padded = [0.0; LANES];
-            float.decode(&rows[r][whole * step..], &mut padded);
-            // SAFETY: the array has 16 floats.
-            let weights = unsafe { load_lanes(padded.as_ptr()) };
-            for t in 0..T {
-                // SAFETY: tokens have floats for the last, padded step as well.
-                let x = unsafe { load_lanes(tokens[t].as_ptr().add(whole * LANES)) };
-                sums[r][t] = multiply_add(weights, x, sums[r][t]);
-            }
-        }
-    }
-    for r in 0..R {
-        for t in 0..T {
-            out[r * T + t] = add_lanes(sums[r][t]);
-        }
-    }
+fn zero() -> Lanes {
+    [_mm256_setzero_ps(); 2]
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn multiply_add(weights: [__m256; 2], x: [__m256; 2], sums: [__m256; 2]) -> [__m256; 2] {
+fn multiply_add(weights: Lanes, x: Lanes, sums: Lanes) -> Lanes {
     [_mm256_fmadd_ps(weights[0], x[0], sums[0]), _mm256_fmadd_ps(weights[1], x[1], sums[1])]
 }
 
@@ -94,7 +47,7 @@ fn multiply_add(weights: [__m256; 2], x: [__m256; 2], sums: [__m256; 2]) -> [__m
 /// There must be 16 elements to read.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn load_stored<const FLOAT: u8>(words: *const u32) -> [__m256; 2] {
+unsafe fn load_stored<const FLOAT: u8>(words: *const u32) -> Lanes {
     // SAFETY: two loads of 8 elements each: 4 words for the 2-byte types, 8 for f32.
     unsafe {
         match FLOAT {
@@ -118,14 +71,14 @@ fn widen_bf16(halves: __m128i) -> __m256 {
 /// There must be 16 floats to read.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn load_lanes(x: *const f32) -> [__m256; 2] {
+unsafe fn load(x: *const f32) -> Lanes {
     // SAFETY: the caller's promise.
     unsafe { [_mm256_loadu_ps(x), _mm256_loadu_ps(x.add(8))] }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_lanes(lanes: [__m256; 2]) -> f32 {
+fn add(lanes: Lanes) -> f32 {
     let x = _mm256_add_ps(lanes[0], lanes[1]);
     let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
