@@ -175,7 +175,7 @@ fn add_rows<const R: usize, T: Number>(
     R
 }
 
-/// `add_product` by vectors. The file defines `Vector`, how many `LANES` it has, how many `ROWS` pass a panel together,
+/// `add_product` by vectors. The file defines `Vector`, how many `LANES` it has, how many `ROWS` pass `PANELS` together,
 /// `splat`, `load`, `store` and `multiply_add` of floats, and [`Number`]s that load as a `Vector` (`trait Load`).
 #[cfg(target_arch = "x86_64")]
 macro_rules! vector_products {
@@ -200,65 +200,80 @@ macro_rules! vector_products {
             // With what `rows` has checked, all that the unchecked loads of `tile` rely on.
             assert!(numbers.len() >= b.least(inner), "numbers of the panels");
             let whole = b.columns / PANEL;
-            for panel in 0..whole {
+            let mut panel = 0;
+            while panel < whole {
                 let from = numbers.as_ptr().wrapping_add(panel * b.panel);
+                let together = if whole - panel >= PANELS { PANELS } else { 1 };
                 let mut row = 0;
                 while row < rows {
                     let factors = a.numbers.as_ptr().wrapping_add(row * a.stride);
                     let out = sums.numbers.as_mut_ptr().wrapping_add(row * sums.stride + panel * PANEL);
-                    // SAFETY: these rows of `a`, this panel and its place in the sums are there, as checked above.
+                    // SAFETY: these rows of `a`, these panels and their place in the sums are there, as checked above.
                     row += unsafe {
-                        if rows - row >= ROWS {
-                            tile::<ROWS, T>(factors, a.stride, from, b.stride, inner, out, sums.stride)
-                        } else {
-                            tile::<1, T>(factors, a.stride, from, b.stride, inner, out, sums.stride)
+                        match (rows - row >= ROWS, together > 1) {
+                            (true, true) => {
+                                tile::<ROWS, PANELS, T>(factors, a.stride, from, b, inner, out, sums.stride)
+                            }
+                            (true, false) => tile::<ROWS, 1, T>(factors, a.stride, from, b, inner, out, sums.stride),
+                            (false, true) => tile::<1, PANELS, T>(factors, a.stride, from, b, inner, out, sums.stride),
+                            (false, false) => tile::<1, 1, T>(factors, a.stride, from, b, inner, out, sums.stride),
                         }
                     };
                 }
+                panel += together;
             }
             add_panels(a, numbers, b, inner, whole, sums);
         }
 
-        /// `R` rows times one whole panel; returns `R`.
+        /// `R` rows times `P` whole panels, the first of which is at `from`; returns `R`.
         ///
         /// # Safety
-        /// `R` rows of `inner` floats must lie at `a`, `inner` rows of [`PANEL`] numbers at `from`, and `R` of [`PANEL`] floats at
-        /// `out`, each with its stride.
+        /// `R` rows of `inner` floats must lie at `a`, `inner` rows of [`PANEL`] numbers in each panel, and `R` of `P` times as many
+        /// floats at `out`, each with its stride.
         #[inline]
         #[target_feature(enable = $features)]
-        unsafe fn tile<const R: usize, T: Load>(
+        unsafe fn tile<const R: usize, const P: usize, T: Load>(
             a: *const f32,
             a_stride: usize,
             from: *const T,
-            stride: usize,
+            b: Panels<'_>,
             inner: usize,
             out: *mut f32,
             out_stride: usize,
         ) -> usize {
             // SAFETY: every address below is of a row, a panel's row or a place that the caller promises.
             unsafe {
-                let mut sums = [[splat(0.0); VECTORS]; R];
+                let mut sums = [[[splat(0.0); VECTORS]; P]; R];
                 for r in 0..R {
-                    for v in 0..VECTORS {
-                        sums[r][v] = f32::load(out.add(r * out_stride + v * LANES));
+                    for p in 0..P {
+                        for v in 0..VECTORS {
+                            sums[r][p][v] = f32::load(out.add(r * out_stride + p * PANEL + v * LANES));
+                        }
                     }
                 }
                 for i in 0..inner {
-                    let mut row = [splat(0.0); VECTORS];
-                    for v in 0..VECTORS {
-                        row[v] = T::load(from.add(i * stride + v * LANES));
+                    let mut row = [[splat(0.0); VECTORS]; P];
+                    for p in 0..P {
+                        let from = from.add(p * b.panel + i * b.stride);
+                        for v in 0..VECTORS {
+                            row[p][v] = T::load(from.add(v * LANES));
+                        }
+                        prefetch(from.cast::<u8>().wrapping_add(AHEAD));
                     }
-                    prefetch(from.add(i * stride).cast::<u8>().wrapping_add(AHEAD));
                     for r in 0..R {
                         let factor = splat(*a.add(r * a_stride + i));
-                        for v in 0..VECTORS {
-                            sums[r][v] = multiply_add(factor, row[v], sums[r][v]);
+                        for p in 0..P {
+                            for v in 0..VECTORS {
+                                sums[r][p][v] = multiply_add(factor, row[p][v], sums[r][p][v]);
+                            }
                         }
                     }
                 }
                 for r in 0..R {
-                    for v in 0..VECTORS {
-                        store(out.add(r * out_stride + v * LANES), sums[r][v]);
+                    for p in 0..P {
+                        for v in 0..VECTORS {
+                            store(out.add(r * out_stride + p * PANEL + v * LANES), sums[r][p][v]);
+                        }
                     }
                 }
             }

@@ -15,6 +15,9 @@ const AHEAD: usize = 16 * 1024;
 
 const ROWS: usize = 4;
 
+/// Panels that are multiplied together: a factor is loaded once for them.
+const PANELS: usize = 1;
+
 /// Numbers that load as floats.
 trait Load: super::super::product::Number {
     /// # Safety
