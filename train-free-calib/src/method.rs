@@ -24,11 +24,12 @@ pub struct Steps {
     /// Rotate every linear's input and its weights with it ([`Rotation`](ternoss_backends::Rotation)).
     pub rotation: bool,
     /// Aim for the teacher's outputs from the inputs that the ternary layers before really give:
-    /// `W* = W (G + l I)(H + l I)^-1`, `H = E[x~ x~^T]`, `G = E[x x~^T]`.
+    /// `W* = W (I + s (G - H)(H + l I)^-1)`, `H = E[x~ x~^T]`, `G = E[x x~^T]`, `s` for each row the share of it that is more than
+    /// chance: little where tokens are few for the inputs.
     pub regression: bool,
     /// Make up for what came before: what is added to the residual stream also aims at what the student's stream lacks of
-    /// the teacher's, as far as the inputs tell: `W* += E[e x~^T](H + l I)^-1`, `e` the difference of the streams, for `down`
-    /// with what dropped experts would have added.
+    /// the teacher's, as far as the inputs tell: `W* += s E[e x~^T](H + l I)^-1`, `e` the difference of the streams, for
+    /// `down` with what dropped experts would have added, `s` as above.
     pub residual: bool,
     /// Round column by column and pass each error on (ternary GPTQ). Without it, every group is fitted on its own.
     pub compensation: bool,

@@ -34,10 +34,14 @@ pub(crate) struct Moments<B: Backend> {
     student: Tensor<B, 2>,
     /// `sum w x`: `[1, in]`
     teacher: Tensor<B, 2>,
-    /// `sum w e x~^T [out, in]` and `sum w e [1, out]`, where there is an `e`.
-    lack: Option<[Tensor<B, 2>; 2]>,
+    /// `sum w x^2`: `[1, in]`
+    squares: Tensor<B, 2>,
+    /// `sum w e x~^T [out, in]`, `sum w e` and `sum w e^2 [1, out]`, where there is an `e`.
+    lack: Option<[Tensor<B, 2>; 3]>,
     /// `sum w`
     weight: f64,
+    /// How many tokens' worth of knowledge this is.
+    evidence: f64,
     /// How many tokens there were.
     pub(crate) tokens: usize,
 }
@@ -49,8 +53,10 @@ impl<B: Backend> Moments<B> {
             cross: Tensor::zeros([in_features, in_features], device),
             student: Tensor::zeros([1, in_features], device),
             teacher: Tensor::zeros([1, in_features], device),
+            squares: Tensor::zeros([1, in_features], device),
             lack: None,
             weight: 0.0,
+            evidence: 0.0,
             tokens: 0,
         }
     }
@@ -60,15 +66,16 @@ impl<B: Backend> Moments<B> {
         let Inputs { student, teacher, lack } = inputs;
         let tokens = student.dims()[0];
         if let Some(lack) = lack {
-            let lack = match &weights {
-                Some(weights) => lack * weights.clone(),
-                None => lack,
+            let weighted = match &weights {
+                Some(weights) => lack.clone() * weights.clone(),
+                None => lack.clone(),
             };
-            let now = [lack.clone().transpose().matmul(student.clone()), lack.sum_dim(0)];
+            let cross = weighted.clone().transpose().matmul(student.clone());
+            let now = [cross, weighted.clone().sum_dim(0), (weighted * lack).sum_dim(0)];
             self.lack = Some(match self.lack.take() {
-                Some([cross, mean]) => {
-                    let [more, other] = now;
-                    [cross + more, mean + other]
+                Some([cross, sum, squares]) => {
+                    let [more, other, others] = now;
+                    [cross + more, sum + other, squares + others]
                 }
                 None => now,
             });
@@ -81,10 +88,12 @@ impl<B: Backend> Moments<B> {
             None => (student.clone(), teacher.clone(), tokens as f64),
         };
         self.second = self.second.clone() + left.clone().transpose().matmul(student);
+        self.squares = self.squares.clone() + (teacher.clone() * right.clone()).sum_dim(0);
         self.cross = self.cross.clone() + teacher.transpose().matmul(left.clone());
         self.student = self.student.clone() + left.sum_dim(0);
         self.teacher = self.teacher.clone() + right.sum_dim(0);
         self.weight += total;
+        self.evidence += tokens as f64;
         self.tokens += tokens;
     }
 
@@ -104,8 +113,10 @@ impl<B: Backend> Moments<B> {
             cross: mix(&self.cross, &prior.cross),
             student: scale(&self.student, self.weight, 1.0),
             teacher: scale(&self.teacher, self.weight, 1.0),
+            squares: mix(&self.squares, &prior.squares),
             lack: self.lack.as_ref().map(|sums| sums.each_ref().map(|sum| scale(sum, self.weight, own))),
             weight: if self.weight > 0.0 { 1.0 } else { 0.0 },
+            evidence: self.evidence + strength.min(prior.evidence),
             tokens: self.tokens,
         }
     }
@@ -118,7 +129,8 @@ impl<B: Backend> Moments<B> {
         let own = self.tokens as f64 / (self.tokens as f64 + strength);
         let mix = |x: &Tensor<B, 2>| x.clone() * own as f32 + identity.clone() * ((1.0 - own) as f32 * mean);
         let lack = self.lack.as_ref().map(|sums| sums.each_ref().map(|sum| sum.clone() * own as f32));
-        Self { second: mix(&self.second), cross: mix(&self.cross), lack, ..self.clone() }
+        let squares = self.squares.clone() * own as f32 + (1.0 - own) as f32 * mean;
+        Self { second: mix(&self.second), cross: mix(&self.cross), squares, lack, ..self.clone() }
     }
 
     /// What the steps work with, or `None` where no token came or every input was zero.
@@ -138,11 +150,19 @@ impl<B: Backend> Moments<B> {
         let factor = inverse_factor(&host(damped(DAMPING)), n)?;
         let target = inverse_factor(&host(damped(TARGET_DAMPING)), n)?;
         let target = Tensor::from_data(burn::tensor::TensorData::new(target, [n, n]), &device);
-        let cross = cross + Tensor::eye(n, &device) * (TARGET_DAMPING * diagonal);
-        // (G + l I) (H + l I)^-1, the inverse being U^T U.
+        // Times (H + l I)^-1, which is U^T U.
         let solved = |cross: Tensor<B, 2>| cross.matmul(target.clone().transpose()).matmul(target.clone());
-        let regression = solved(cross);
-        let lack = self.lack.as_ref().map(|[cross, sum]| Lack { weight: solved(mean(cross)), mean: mean(sum) });
+        // What the student's inputs tell of how far they are off the teacher's.
+        let identity = Tensor::<B, 2>::eye(n, &device);
+        let off = cross.clone() - second.clone();
+        let diagonal_of = |matrix: &Tensor<B, 2>| (matrix.clone() * identity.clone()).sum_dim(1);
+        let all = mean(&self.squares).transpose() - diagonal_of(&cross) * 2.0 + diagonal_of(&second);
+        let regression = identity.clone() + self.believed(solved(off.clone()), off, all);
+        let lack = self.lack.as_ref().map(|[cross, sum, squares]| {
+            let cross = mean(cross);
+            let weight = self.believed(solved(cross.clone()), cross, mean(squares).transpose());
+            Lack { weight, mean: mean(sum) }
+        });
         Some(Statistics {
             second,
             factor,
@@ -153,12 +173,24 @@ impl<B: Backend> Moments<B> {
             tokens: self.tokens,
         })
     }
+
+    /// What to believe of the `weight [out, in]` of a regression, `cross` being the products of its outputs and inputs, and `all [out,
+    /// 1]` the squares of its outputs: as many inputs that tell nothing would explain so much of the rest by themselves (James and
+    /// Stein's estimator, for each output).
+    fn believed(&self, weight: Tensor<B, 2>, cross: Tensor<B, 2>, all: Tensor<B, 2>) -> Tensor<B, 2> {
+        let inputs = self.second.dims()[0] as f64;
+        let explained = (weight.clone() * cross).sum_dim(1);
+        let chance = (all - explained.clone()).clamp_min(0.0) * inputs as f32;
+        let found = (explained * (self.evidence - inputs).max(0.0) as f32).clamp_min(f32::MIN_POSITIVE);
+        weight * ((found.clone() - chance) / found).clamp(0.0, 1.0)
+    }
 }
 
 /// What the student's residual stream lacks of the teacher's.
 #[derive(Clone, Debug)]
 pub(crate) struct Lack<B: Backend> {
-    /// `E[e x~^T] (H + l I)^-1 [out, in]`: the weight that gives as much of it as the student's inputs tell.
+    /// `E[e x~^T] (H + l I)^-1 [out, in]`, so far as it is believed: the weight that gives as much of it as the student's inputs
+    /// tell.
     pub(crate) weight: Tensor<B, 2>,
     /// `E[e]`: `[1, out]`
     pub(crate) mean: Tensor<B, 2>,
@@ -171,7 +203,7 @@ pub(crate) struct Statistics<B: Backend> {
     pub(crate) second: Tensor<B, 2>,
     /// Upper triangular `U [in, in]` with `inverse(H + damping) = U^T U`, row-major.
     pub(crate) factor: Vec<f32>,
-    /// `(G + l I)(H + l I)^-1`: `W` times this is the full-precision weight for the student's inputs.
+    /// `I + (G - H)(H + l I)^-1`, so far as it is believed: `W` times this is the full-precision weight for the student's inputs.
     pub(crate) regression: Tensor<B, 2>,
     /// `E[x~]`: `[1, in]`
     pub(crate) student: Tensor<B, 2>,
@@ -240,5 +272,31 @@ mod tests {
         }
         let (before, after) = (lack(&whole).0[0], lack(&half).0[0]);
         assert!(after > 0.3 * before && after < 0.7 * before, "{before} {after}");
+    }
+
+    #[test]
+    fn chance_is_not_believed() {
+        let (tokens, device) = (2 * INPUTS, Default::default());
+        let numbers = prop::collection::vec(-1f32..1.0, 3 * tokens * INPUTS);
+        let numbers = numbers.new_tree(&mut TestRunner::deterministic()).unwrap().current();
+        let tensor =
+            |values: &[f32]| Tensor::<Flex, 2>::from_data(TensorData::new(values.to_vec(), [tokens, INPUTS]), &device);
+        let parts: Vec<_> = numbers.chunks(tokens * INPUTS).map(tensor).collect();
+        let student = parts[0].clone();
+        let squares = |teacher: &Tensor<Flex, 2>, lack: &Tensor<Flex, 2>, evidence: Option<f64>| {
+            let mut moments = Moments::new(INPUTS, &device);
+            let (teacher, lack) = (teacher.clone(), Some(lack.clone()));
+            moments.add(Inputs { student: student.clone(), teacher, lack }, None);
+            moments.evidence = evidence.unwrap_or(moments.evidence);
+            let Statistics { regression, lack, .. } = moments.statistics().unwrap();
+            [regression - Tensor::eye(INPUTS, &device), lack.unwrap().weight].map(|found| sum(found.square()))
+        };
+        let (noisy, twice) = (student.clone() + parts[1].clone(), student.clone() * 2.0);
+        for (teacher, lack, related) in [(&noisy, &parts[2], false), (&twice, &twice, true)] {
+            let (found, all) = (squares(teacher, lack, None), squares(teacher, lack, Some(1e9)));
+            for (found, all) in found.into_iter().zip(all) {
+                assert!(if related { found > 0.9 * all } else { found < 0.1 * all }, "{related}: {found} of {all}");
+            }
+        }
     }
 }
