@@ -28,15 +28,13 @@ pub(crate) struct Inputs<B: Backend> {
 pub(crate) struct Moments<B: Backend> {
     /// `sum w x~ x~^T`: `[in, in]`
     second: Tensor<B, 2>,
-    /// `sum w x x~^T`: `[in, in]`
-    cross: Tensor<B, 2>,
+    /// `sum w (x - x~) x~^T [in, in]` and `sum w (x - x~)^2 [1, in]`
+    off: [Tensor<B, 2>; 2],
     /// `sum w x~`: `[1, in]`
     student: Tensor<B, 2>,
     /// `sum w x`: `[1, in]`
     teacher: Tensor<B, 2>,
-    /// `sum w x^2`: `[1, in]`
-    squares: Tensor<B, 2>,
-    /// `sum w e x~^T [out, in]`, `sum w e` and `sum w e^2 [1, out]`, where there is an `e`.
+    /// `sum w e x~^T [out, in]`, `sum w e^2` and `sum w e [1, out]`, where there is an `e`.
     lack: Option<[Tensor<B, 2>; 3]>,
     /// `sum w`
     weight: f64,
@@ -50,10 +48,9 @@ impl<B: Backend> Moments<B> {
     pub(crate) fn new(in_features: usize, device: &B::Device) -> Self {
         Self {
             second: Tensor::zeros([in_features, in_features], device),
-            cross: Tensor::zeros([in_features, in_features], device),
+            off: [in_features, 1].map(|rows| Tensor::zeros([rows, in_features], device)),
             student: Tensor::zeros([1, in_features], device),
             teacher: Tensor::zeros([1, in_features], device),
-            squares: Tensor::zeros([1, in_features], device),
             lack: None,
             weight: 0.0,
             evidence: 0.0,
@@ -65,34 +62,28 @@ impl<B: Backend> Moments<B> {
     pub(crate) fn add(&mut self, inputs: Inputs<B>, weights: Option<Tensor<B, 2>>) {
         let Inputs { student, teacher, lack } = inputs;
         let tokens = student.dims()[0];
+        let weighted = |x: &Tensor<B, 2>| match &weights {
+            Some(weights) => x.clone() * weights.clone(),
+            None => x.clone(),
+        };
+        let products = |x: Tensor<B, 2>| {
+            let weighted = weighted(&x);
+            [weighted.clone().transpose().matmul(student.clone()), (weighted * x).sum_dim(0)]
+        };
         if let Some(lack) = lack {
-            let weighted = match &weights {
-                Some(weights) => lack.clone() * weights.clone(),
-                None => lack.clone(),
-            };
-            let cross = weighted.clone().transpose().matmul(student.clone());
-            let now = [cross, weighted.clone().sum_dim(0), (weighted * lack).sum_dim(0)];
+            let sum = weighted(&lack).sum_dim(0);
+            let [cross, squares] = products(lack);
             self.lack = Some(match self.lack.take() {
-                Some([cross, sum, squares]) => {
-                    let [more, other, others] = now;
-                    [cross + more, sum + other, squares + others]
-                }
-                None => now,
+                Some([before, other, others]) => [before + cross, other + squares, others + sum],
+                None => [cross, squares, sum],
             });
         }
-        let (left, right, total) = match weights {
-            Some(weights) => {
-                let total = sum(weights.clone());
-                (student.clone() * weights.clone(), teacher.clone() * weights, total)
-            }
-            None => (student.clone(), teacher.clone(), tokens as f64),
-        };
-        self.second = self.second.clone() + left.clone().transpose().matmul(student);
-        self.squares = self.squares.clone() + (teacher.clone() * right.clone()).sum_dim(0);
-        self.cross = self.cross.clone() + teacher.transpose().matmul(left.clone());
-        self.student = self.student.clone() + left.sum_dim(0);
-        self.teacher = self.teacher.clone() + right.sum_dim(0);
-        self.weight += total;
+        let ([before, other], [cross, squares]) = (self.off.clone(), products(teacher.clone() - student.clone()));
+        self.off = [before + cross, other + squares];
+        self.second = self.second.clone() + weighted(&student).transpose().matmul(student.clone());
+        self.student = self.student.clone() + weighted(&student).sum_dim(0);
+        self.teacher = self.teacher.clone() + weighted(&teacher).sum_dim(0);
+        self.weight += weights.map_or(tokens as f64, sum);
         self.evidence += tokens as f64;
         self.tokens += tokens;
     }
@@ -110,10 +101,9 @@ impl<B: Backend> Moments<B> {
         let mix = |a: &Tensor<B, 2>, b: &Tensor<B, 2>| scale(a, self.weight, own) + scale(b, prior.weight, 1.0 - own);
         Self {
             second: mix(&self.second, &prior.second),
-            cross: mix(&self.cross, &prior.cross),
+            off: [0, 1].map(|sum| mix(&self.off[sum], &prior.off[sum])),
             student: scale(&self.student, self.weight, 1.0),
             teacher: scale(&self.teacher, self.weight, 1.0),
-            squares: mix(&self.squares, &prior.squares),
             lack: self.lack.as_ref().map(|sums| sums.each_ref().map(|sum| scale(sum, self.weight, own))),
             weight: if self.weight > 0.0 { 1.0 } else { 0.0 },
             evidence: self.evidence + strength.min(prior.evidence),
@@ -127,10 +117,10 @@ impl<B: Backend> Moments<B> {
         let mean = diagonal_mean(&self.second);
         let identity = Tensor::<B, 2>::eye(n, &self.second.device());
         let own = self.tokens as f64 / (self.tokens as f64 + strength);
-        let mix = |x: &Tensor<B, 2>| x.clone() * own as f32 + identity.clone() * ((1.0 - own) as f32 * mean);
-        let lack = self.lack.as_ref().map(|sums| sums.each_ref().map(|sum| sum.clone() * own as f32));
-        let squares = self.squares.clone() * own as f32 + (1.0 - own) as f32 * mean;
-        Self { second: mix(&self.second), cross: mix(&self.cross), squares, lack, ..self.clone() }
+        let second = self.second.clone() * own as f32 + identity * ((1.0 - own) as f32 * mean);
+        let less = |sum: &Tensor<B, 2>| sum.clone() * own as f32;
+        let (off, lack) = (self.off.each_ref().map(less), self.lack.as_ref().map(|sums| sums.each_ref().map(less)));
+        Self { second, off, lack, ..self.clone() }
     }
 
     /// What the steps work with, or `None` where no token came or every input was zero.
@@ -140,7 +130,7 @@ impl<B: Backend> Moments<B> {
             return None;
         }
         let mean = |sum: &Tensor<B, 2>| sum.clone() / self.weight as f32;
-        let (second, cross) = (mean(&self.second), mean(&self.cross));
+        let second = mean(&self.second);
         let diagonal = diagonal_mean(&second);
         if !(diagonal.is_finite() && diagonal > 0.0) {
             return None;
@@ -152,17 +142,14 @@ impl<B: Backend> Moments<B> {
         let target = Tensor::from_data(burn::tensor::TensorData::new(target, [n, n]), &device);
         // Times (H + l I)^-1, which is U^T U.
         let solved = |cross: Tensor<B, 2>| cross.matmul(target.clone().transpose()).matmul(target.clone());
-        // What the student's inputs tell of how far they are off the teacher's.
-        let identity = Tensor::<B, 2>::eye(n, &device);
-        let off = cross.clone() - second.clone();
-        let diagonal_of = |matrix: &Tensor<B, 2>| (matrix.clone() * identity.clone()).sum_dim(1);
-        let all = mean(&self.squares).transpose() - diagonal_of(&cross) * 2.0 + diagonal_of(&second);
-        let regression = identity.clone() + self.believed(solved(off.clone()), off, all);
-        let lack = self.lack.as_ref().map(|[cross, sum, squares]| {
-            let cross = mean(cross);
-            let weight = self.believed(solved(cross.clone()), cross, mean(squares).transpose());
-            Lack { weight, mean: mean(sum) }
-        });
+        let believed = |cross: &Tensor<B, 2>, squares: &Tensor<B, 2>| {
+            self.believed(solved(mean(cross)), mean(cross), mean(squares).transpose())
+        };
+        let [cross, squares] = &self.off;
+        // The inputs, and what they tell of how far they are off the teacher's.
+        let regression = believed(cross, squares) + Tensor::eye(n, &device);
+        let lack = self.lack.as_ref();
+        let lack = lack.map(|[cross, squares, sum]| Lack { weight: believed(cross, squares), mean: mean(sum) });
         Some(Statistics {
             second,
             factor,
