@@ -18,7 +18,7 @@ use ternoss::{
 const CONTEXT: usize = 128;
 
 /// Tokens that are calibrated on, and tokens that are measured on.
-const TOKENS: usize = 16_384;
+const TOKENS: usize = 8192;
 
 /// Quantizes the shipped model with everything that looks at a text; the report, and the perplexity on another text.
 fn calibrated<B: TernaryBackend>(output: &Path) -> (Report, f64) {
@@ -26,12 +26,12 @@ fn calibrated<B: TernaryBackend>(output: &Path) -> (Report, f64) {
     let tokenizer = Tokenizer::from_folder(checkpoint.folder()).unwrap();
     let tokens = |name: &str| tokenizer.encode(&fs::read_to_string(example(name)).unwrap(), true).unwrap();
     let text = tokens("text/calibration.txt");
-    // Enough that a trit here or there, which the last bits of a sum decide, weighs less than a percent: with half of it, it
-    // weighs one to two.
     let calibration = Calibration::new(&text, CONTEXT, TOKENS, checkpoint.config()).unwrap().with_fresh(&text, 4);
     let options = QuantizeOptions::new(Method::Ternoss);
     let steps = Steps { reconstruction: 6, ..options.steps };
-    let options = QuantizeOptions { steps, distill: 4, bits_per_weight: Some(2.7), ..options };
+    // With a second plane in most matrices, a trit here or there, which the last bits of a sum decide, weighs a third of a percent;
+    // with one it weighs one to two.
+    let options = QuantizeOptions { steps, distill: 4, bits_per_weight: Some(4.0), ..options };
     let device = B::Device::default();
     let report = quantize::<B>(&checkpoint, output, &options, Some(&calibration), &device, &|_| ()).unwrap();
     // Measured on one backend, so that only the calibration differs.

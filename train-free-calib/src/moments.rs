@@ -74,12 +74,12 @@ impl<B: Backend> Moments<B> {
             let sum = weighted(&lack).sum_dim(0);
             let [cross, squares] = products(lack);
             self.lack = Some(match self.lack.take() {
-                Some([before, other, others]) => [before + cross, other + squares, others + sum],
+                Some([crosses, all, sums]) => [crosses + cross, all + squares, sums + sum],
                 None => [cross, squares, sum],
             });
         }
-        let ([before, other], [cross, squares]) = (self.off.clone(), products(teacher.clone() - student.clone()));
-        self.off = [before + cross, other + squares];
+        let ([crosses, all], [cross, squares]) = (self.off.clone(), products(teacher.clone() - student.clone()));
+        self.off = [crosses + cross, all + squares];
         self.second = self.second.clone() + weighted(&student).transpose().matmul(student.clone());
         self.student = self.student.clone() + weighted(&student).sum_dim(0);
         self.teacher = self.teacher.clone() + weighted(&teacher).sum_dim(0);
