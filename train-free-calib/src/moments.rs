@@ -38,7 +38,7 @@ pub(crate) struct Moments<B: Backend> {
     lack: Option<[Tensor<B, 2>; 3]>,
     /// `sum w`
     weight: f64,
-    /// How many tokens' worth of knowledge this is.
+    /// Tokens that this rests on, those of a prior among them.
     evidence: f64,
     /// How many tokens there were.
     pub(crate) tokens: usize,
@@ -66,23 +66,29 @@ impl<B: Backend> Moments<B> {
             Some(weights) => x.clone() * weights.clone(),
             None => x.clone(),
         };
-        let products = |x: Tensor<B, 2>| {
+        // `sum w x x~^T`, `sum w x^2` and `sum w x`.
+        let sums = |x: Tensor<B, 2>| {
             let weighted = weighted(&x);
-            [weighted.clone().transpose().matmul(student.clone()), (weighted * x).sum_dim(0)]
+            [
+                weighted.clone().transpose().matmul(student.clone()),
+                (weighted.clone() * x).sum_dim(0),
+                weighted.sum_dim(0),
+            ]
         };
+        let plus = |before: &Tensor<B, 2>, now| before.clone() + now;
         if let Some(lack) = lack {
-            let sum = weighted(&lack).sum_dim(0);
-            let [cross, squares] = products(lack);
-            self.lack = Some(match self.lack.take() {
-                Some([crosses, all, sums]) => [crosses + cross, all + squares, sums + sum],
-                None => [cross, squares, sum],
+            let now = sums(lack);
+            self.lack = Some(match &self.lack {
+                Some(before) => [0, 1, 2].map(|sum| plus(&before[sum], now[sum].clone())),
+                None => now,
             });
         }
-        let ([crosses, all], [cross, squares]) = (self.off.clone(), products(teacher.clone() - student.clone()));
-        self.off = [crosses + cross, all + squares];
-        self.second = self.second.clone() + weighted(&student).transpose().matmul(student.clone());
-        self.student = self.student.clone() + weighted(&student).sum_dim(0);
-        self.teacher = self.teacher.clone() + weighted(&teacher).sum_dim(0);
+        let [second, _, mean] = sums(student.clone());
+        let [cross, squares, _] = sums(teacher.clone() - student.clone());
+        self.off = [plus(&self.off[0], cross), plus(&self.off[1], squares)];
+        self.second = plus(&self.second, second);
+        self.student = plus(&self.student, mean);
+        self.teacher = plus(&self.teacher, weighted(&teacher).sum_dim(0));
         self.weight += weights.map_or(tokens as f64, sum);
         self.evidence += tokens as f64;
         self.tokens += tokens;
@@ -219,12 +225,16 @@ mod tests {
     const TOKENS: usize = 4096;
     const INPUTS: usize = 64;
 
+    fn numbers(count: usize) -> Vec<f32> {
+        let numbers = prop::collection::vec(-1f32..1.0, count);
+        numbers.new_tree(&mut TestRunner::deterministic()).unwrap().current()
+    }
+
     /// What the stream lacks is twice the first two inputs, and one more in the second output.
     fn moments(weights: Option<f32>) -> Moments<Flex> {
         let device = Default::default();
         let tensor = |values: Vec<f32>, width| Tensor::from_data(TensorData::new(values, [TOKENS, width]), &device);
-        let inputs = prop::collection::vec(-1f32..1.0, TOKENS * INPUTS);
-        let inputs = inputs.new_tree(&mut TestRunner::deterministic()).unwrap().current();
+        let inputs = numbers(TOKENS * INPUTS);
         let lack = inputs.chunks(INPUTS).flat_map(|x| [2.0 * x[0], 2.0 * x[1] + 1.0]).collect();
         let inputs = tensor(inputs, INPUTS);
         let mut moments = Moments::new(INPUTS, &device);
@@ -264,8 +274,7 @@ mod tests {
     #[test]
     fn chance_is_not_believed() {
         let (tokens, device) = (2 * INPUTS, Default::default());
-        let numbers = prop::collection::vec(-1f32..1.0, 3 * tokens * INPUTS);
-        let numbers = numbers.new_tree(&mut TestRunner::deterministic()).unwrap().current();
+        let numbers = numbers(3 * tokens * INPUTS);
         let tensor =
             |values: &[f32]| Tensor::<Flex, 2>::from_data(TensorData::new(values.to_vec(), [tokens, INPUTS]), &device);
         let parts: Vec<_> = numbers.chunks(tokens * INPUTS).map(tensor).collect();

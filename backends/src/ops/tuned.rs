@@ -3,8 +3,8 @@ use burn::tensor::Tensor;
 use super::{TernaryBackend, restore, single, timed};
 use crate::format::TernaryWeight;
 
-/// [`ternary_linear`](super::ternary_linear) with the trits of the one matrix of `trits` and other scales: floats that are tuned, not yet rounded as
-/// the format stores them, `[planes, rows, groups]`, one group where a row has one scale.
+/// [`ternary_linear`](super::ternary_linear) with the trits of the one matrix of `trits` and other scales: floats that are
+/// tuned, not yet rounded as the format stores them, `[planes, rows, groups]`, one group where a row has one scale.
 ///
 /// ```text
 /// y[t, r] = sum over inputs i of  x[t, i] * sum over planes p of scales[p, r, group of i] * trits[p, r, i]      x as rounded
