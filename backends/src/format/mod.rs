@@ -56,7 +56,6 @@ pub use error::FormatError;
 pub use layout::{MAX_IN_FEATURES, TernaryLayout};
 pub use rotation::Rotation;
 pub use weight::TernaryWeight;
-#[cfg(feature = "autodiff")]
 pub(crate) use weight::{check_dtype, check_shape};
 
 /// Weights in a block: group sizes are multiples of it, and t2 rows are padded to whole blocks.
