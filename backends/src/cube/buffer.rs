@@ -8,9 +8,11 @@ use burn_cubecl::{
     ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor,
 };
 use cubecl::{
+    bytes::Bytes,
     device::{Device, DeviceId},
     device_handle::DeviceHandle,
-    server::Handle,
+    future::block_on,
+    server::{ComputeServer, CopyDescriptor, Handle},
     stream_id::StreamId,
 };
 
@@ -132,6 +134,23 @@ pub(super) fn words_of_bytes<R: CubeRuntime>(Rows { array: bytes, pitch }: Rows<
 /// GPU has nothing else to do meanwhile.
 pub(super) fn begin<R: CubeRuntime>(beside: &CubeTensor<R>) {
     DeviceHandle::<R::Server>::new(beside.device.to_id()).flush_queue();
+}
+
+/// The bytes of two tensors whose elements are in order. The device's own thread waits for them: one that waits for work sleeps
+/// 150 microseconds at a time, and is awake now when more is asked for.
+///
+/// # Panics
+/// If the device failed, as Burn's reads do.
+pub(super) fn read<R: CubeRuntime>(tensors: [CubeTensor<R>; 2]) -> [Bytes; 2] {
+    let (device, stream) = (tensors[0].device.to_id(), StreamId::current());
+    let descriptors = tensors.map(|tensor| {
+        let (shape, strides) = (tensor.meta.shape().clone(), tensor.meta.strides().clone());
+        CopyDescriptor::new(tensor.handle.binding(), shape, strides, tensor.dtype.size())
+    });
+    let read = DeviceHandle::<R::Server>::new(device)
+        .submit_blocking(move |server| block_on(server.read(descriptors.into(), stream)));
+    let bytes = read.expect("a device that answers").expect("what the device has computed");
+    bytes.try_into().ok().expect("as many as asked for")
 }
 
 /// Room for a tensor beside another one, its elements in order, not initialized: for a short time, most likely.

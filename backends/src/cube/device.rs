@@ -3,7 +3,7 @@
 use burn_cubecl::CubeRuntime;
 use cubecl::{
     client::ComputeClient,
-    ir::{ElemType, StorageType},
+    ir::{ElemType, StorageType, features::Plane},
     prelude::*,
 };
 
@@ -22,11 +22,53 @@ pub(super) fn multiplies<R: CubeRuntime>(client: &ComputeClient<R>, shape: [u32;
     configs.any(|mma| [mma.m, mma.n, mma.k] == shape && [mma.a_type, mma.b_type, mma.cd_type] == [of, of, to])
 }
 
+/// Units of a plane that can hand each other numbers, where a device's planes all have as many; 1 elsewhere.
+pub(super) fn plane_of<R: CubeRuntime>(client: &ComputeClient<R>) -> u32 {
+    let properties = client.properties();
+    let (least, most) = (properties.hardware.plane_size_min, properties.hardware.plane_size_max);
+    if properties.features.plane.contains(Plane::Ops) && least == most { least } else { 1 }
+}
+
 /// How numbers of several units become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Join {
     Sum,
     Largest,
+}
+
+/// One number from those of all `units` of a cube, in all of them: planes of a size that [`plane_of`] gives do most of it. `shared`
+/// has a place for every unit, and may be used again afterwards.
+#[cube]
+pub(super) fn joined_by_planes<N: Numeric>(
+    value: N,
+    shared: &mut SharedMemory<N>,
+    #[comptime] units: u32,
+    #[comptime] plane: u32,
+    #[comptime] join: Join,
+) -> N {
+    let planes = comptime!(units / plane);
+    if comptime!(plane == 1 || planes > plane || planes * plane != units) {
+        joined(value, shared, units, join)
+    } else {
+        let value = of_plane::<N>(value, join);
+        if UNIT_POS % plane == 0 {
+            shared[(UNIT_POS / plane) as usize] = value;
+        }
+        sync_cube();
+        // Nothing is a number that changes neither a sum nor the largest of those that are not negative.
+        let other = select(UNIT_POS % plane < planes, shared[(UNIT_POS % planes) as usize], N::from_int(0));
+        let one = of_plane::<N>(other, join);
+        sync_cube();
+        one
+    }
+}
+
+#[cube]
+fn of_plane<N: Numeric>(value: N, #[comptime] join: Join) -> N {
+    match comptime!(join) {
+        Join::Sum => plane_sum(value),
+        Join::Largest => plane_max(value),
+    }
 }
 
 /// One number from those of each run of `units` neighbouring units, a power of two, in all of them. `shared` has a place for

@@ -1,59 +1,71 @@
 //! Products with a few tokens on [`matrix_units`](super::matrix_units), where the same holds: no access is checked, and all are
 //! within the arrays.
 
-use burn_cubecl::CubeRuntime;
+use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
 use cubecl::{client::ComputeClient, prelude::*};
 
 use super::{
-    matrix_units::{PLANE, SHAPE, STEP, UNITS, codes_of, left, minus_ones, raw_words, right, units, zeros},
+    matrix_units::{PLANE, SHAPE, STEP, UNITS, left, minus_ones, right, units, zeros},
     operands::{Addends, Operands},
     tokens::level_words,
-    weight::Packed,
+    weight::{Packed, has_quads},
 };
-use crate::format::TernaryLayout;
+use crate::format::TernaryWeight;
 
 /// Rows of a cube for a few tokens.
 pub(super) const FEW_ROWS: u32 = SHAPE[0];
 /// Tokens of a cube for a few.
 pub(super) const FEW: u32 = SHAPE[1];
+/// Words of activations that the planes of a cube take together.
+const TOGETHER: u32 = STEP * UNITS / PLANE;
+/// How often they do so without a loop.
+const MOST_UNROLLED: u32 = 8;
 
-/// What a cube for a few tokens has in shared memory, in words: so rows are read one after the other, and nothing waits until
-/// all is on its way. (Units that read 16 bytes of 16 rows each were held up by how many rows a load can touch: 1.3 TB/s on
-/// an H200.)
+/// What a cube for a few tokens has in shared memory, in words: so rows are read one after the other, 16 bytes at a time, and
+/// nothing waits until all is on its way. What the units are kept busy with is bringing it, so it takes few instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Stage {
     /// Code words of a row.
     codes: u32,
-    /// Words of a row's group scales, which may begin within one.
-    scales: u32,
+    /// Group scales of a row.
+    groups: u32,
     /// Words of a token.
     levels: u32,
     /// Tokens at most.
     tokens: u32,
+    /// Whether rows are read 16 bytes at a time.
+    in_quads: bool,
 }
 
 impl Stage {
-    pub(super) fn of(layout: &TernaryLayout, tokens: usize) -> Self {
-        let scales = if layout.group_size.is_some() { (layout.groups() + 3).div_ceil(4) } else { 0 };
-        Self {
+    /// None where a cube of this device has no room for it.
+    pub(super) fn of<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+        weight: &TernaryWeight<CubeBackend<R, F, I, BT>>,
+        tokens: usize,
+        client: &ComputeClient<R>,
+    ) -> Option<Self> {
+        let layout = &weight.layout;
+        let stage = Self {
             codes: layout.words_per_row() as u32,
-            scales: scales as u32,
+            groups: if layout.group_size.is_some() { layout.groups() as u32 } else { 0 },
             levels: level_words(layout) as u32,
             tokens: if tokens > 1 { FEW } else { 1 },
-        }
-    }
-
-    /// Whether a cube of this device has so much.
-    pub(super) fn fits<R: CubeRuntime>(self, client: &ComputeClient<R>) -> bool {
-        let rows = FEW_ROWS * (spread(self.codes) + self.scales);
-        let words = rows + self.tokens * spread(self.levels) + 4 * UNITS;
-        4 * words as usize <= client.properties().hardware.max_shared_memory_size
+            in_quads: has_quads(weight),
+        };
+        let rows = FEW_ROWS * (code_stride(stage.codes) + stage.groups.max(1));
+        let words = rows + stage.tokens * level_stride(stage.levels) + 4 * UNITS;
+        (4 * words as usize <= client.properties().hardware.max_shared_memory_size).then_some(stage)
     }
 }
 
-/// From one row of so many words to the next one: eight rows, four words each, are in different banks.
-const fn spread(words: u32) -> u32 {
+/// From one row of so many words to the next one: the same four words of neighbouring rows are in different banks.
+const fn code_stride(words: u32) -> u32 {
     words + (12 - words % 8) % 8
+}
+
+/// From one token of so many words to the next one: sixteen neighbouring words of both are in different banks.
+const fn level_stride(words: u32) -> u32 {
+    words + (48 - words % 32) % 32
 }
 
 /// A cube computes [`FEW_ROWS`] rows of one choice, or of up to [`FEW`] tokens, or choices, that share the matrix.
@@ -94,7 +106,8 @@ pub(super) fn few_of_three(
 #[derive(CubeType)]
 struct Staged {
     codes: SharedMemory<u32>,
-    scales: SharedMemory<u32>,
+    /// Of each group, those of all rows.
+    scales: SharedMemory<i32>,
     levels: SharedMemory<u32>,
     /// What the planes of a cube found.
     parts: SharedMemory<i32>,
@@ -103,9 +116,12 @@ struct Staged {
 #[cube]
 fn staged(#[comptime] stage: Stage) -> Staged {
     Staged {
-        codes: SharedMemory::<u32>::new(comptime!((FEW_ROWS * spread(stage.codes)) as usize)),
-        scales: SharedMemory::<u32>::new(comptime!((FEW_ROWS * stage.scales).max(1) as usize)),
-        levels: SharedMemory::<u32>::new(comptime!((stage.tokens * spread(stage.levels)) as usize)),
+        codes: SharedMemory::<u32>::new_aligned(comptime!((FEW_ROWS * code_stride(stage.codes)) as usize), 16usize),
+        scales: SharedMemory::<i32>::new(comptime!((FEW_ROWS * stage.groups.max(1)) as usize)),
+        levels: SharedMemory::<u32>::new_aligned(
+            comptime!((stage.tokens * level_stride(stage.levels)) as usize),
+            16usize,
+        ),
         parts: SharedMemory::<i32>::new(comptime!((4 * UNITS) as usize)),
     }
 }
@@ -144,12 +160,14 @@ fn block_of_few(
     if matrix >= weight.matrices {
         terminate!();
     }
-    stage_tokens(x, first, width, staged, stage);
+    // Fetched before anything is waited for.
+    let mut rows = Fetched::new(stage);
+    rows.fetch(weight, weight.row(matrix, 0, 0), first_row, stage);
+    let levels = fetch_tokens(x, first, width, stage);
     // Who adds up what the planes found: of a row and a choice each.
     let (own_row, own_choice) = (first_row + line + plane / 2 * 8, 2 * quarter + plane % 2);
     let is_own = plane < 4 && own_row < weight.rows && own_choice < width;
     let choice = x.choice_at(first + min(own_choice, width - 1));
-    // Fetched before it is waited for.
     let (mut added, mut scale) = (f32::new(0.0), f32::new(0.0));
     let mut row_scales = Array::<f32>::new(comptime!(weight.shape.planes as usize));
     if is_own {
@@ -168,13 +186,26 @@ fn block_of_few(
         for number in 0..4usize {
             totals[number] = 0;
         }
-        stage_rows(weight, weight.row(matrix, weight_plane, 0), first_row, staged, stage);
+        if comptime!(weight_plane == 0) {
+            put_tokens(&levels, staged, width, stage);
+        } else {
+            rows.fetch(weight, weight.row(matrix, weight_plane, 0), first_row, stage);
+        }
+        rows.put(staged, stage);
         sync_cube();
-        let mut at = plane * STEP;
-        while at < stage.levels {
-            let row = weight.row(matrix, weight_plane, first_row + line);
-            add_staged(weight, staged, row, line, quarter, line < width, at, &mut totals, stage);
-            at += comptime!(STEP * UNITS / PLANE);
+        let token = min(line, width - 1);
+        // Without a condition as long as there is a step for every plane.
+        let whole = comptime!(stage.levels / TOGETHER);
+        #[unroll(whole <= MOST_UNROLLED)]
+        for n in 0..whole {
+            let step = n * comptime!(TOGETHER / STEP) + plane;
+            add_staged(weight, staged, line, token, quarter, step, &mut totals, stage);
+        }
+        if comptime!(!stage.levels.is_multiple_of(TOGETHER)) {
+            let step = comptime!(whole * (TOGETHER / STEP)) + plane;
+            if step < comptime!(stage.levels / STEP) {
+                add_staged(weight, staged, line, token, quarter, step, &mut totals, stage);
+            }
         }
         #[unroll]
         for number in 0..4u32 {
@@ -196,99 +227,174 @@ fn block_of_few(
     }
 }
 
-/// Brings the words of `width` tokens, whose choices stand from place `first` on.
+/// The words of `width` tokens, whose choices stand from place `first` on, as far as a unit brings them.
 ///
-/// As in [`stage_rows`], nothing depends on a condition, so that all is fetched together: what there is nothing for brings the last
-/// word, or the last token, once more.
+/// Nothing depends on a condition that units of a plane do not share, so that all is fetched together: what there is nothing for
+/// brings the last words once more.
 #[cube]
-fn stage_tokens(x: &Operands, first: u32, width: u32, staged: &mut Staged, #[comptime] stage: Stage) {
-    let words = comptime!(stage.tokens * stage.levels);
-    let own = comptime!(words.div_ceil(UNITS));
-    let mut fetched = Array::<u32>::new(comptime!(own as usize));
-    #[unroll]
-    for n in 0..own {
-        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
-        let input = x.input_of(x.choice_at(first + min(place / stage.levels, width - 1)));
-        fetched[comptime!(n as usize)] = x.levels[(input * stage.levels + place % stage.levels) as usize];
+fn fetch_tokens(x: &Operands, first: u32, width: u32, #[comptime] stage: Stage) -> Array<Quad> {
+    let (quads, sharers) = comptime!((stage.levels / 4, sharers(stage)));
+    let mut fetched = Array::<Quad>::new(comptime!(own_quads(stage) as usize));
+    let token = UNIT_POS / sharers;
+    if token < width {
+        let input = x.input_of(x.choice_at(first + token));
+        #[unroll]
+        for n in 0..comptime!(own_quads(stage)) {
+            let place = min(n * sharers + UNIT_POS % sharers, comptime!(quads - 1));
+            fetched[comptime!(n as usize)] = x.level_quad(input * quads + place);
+        }
     }
-    put_apart(&fetched, &mut staged.levels, words, stage.levels);
+    fetched
 }
 
-/// Brings the codes and the group scales of a block of rows of a matrix's plane, whose row 0 is `matrix_row`.
+/// Puts them into shared memory.
 #[cube]
-fn stage_rows(weight: &Packed, matrix_row: u32, first_row: u32, staged: &mut Staged, #[comptime] stage: Stage) {
-    let words = comptime!(FEW_ROWS * stage.codes);
-    let own = comptime!(words.div_ceil(UNITS));
-    let scale_words = comptime!(FEW_ROWS * stage.scales);
-    let own_scales = comptime!(scale_words.div_ceil(UNITS));
-    let mut fetched = Array::<u32>::new(comptime!((own + own_scales) as usize));
-    #[unroll]
-    for n in 0..own {
-        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
-        let row = matrix_row + min(first_row + place / stage.codes, weight.rows - 1);
-        fetched[comptime!(n as usize)] = weight.word(row, place % stage.codes);
-    }
-    #[unroll]
-    for n in 0..own_scales {
-        let place = min(n * UNITS + UNIT_POS, comptime!(scale_words - 1));
-        let row = matrix_row + min(first_row + place / stage.scales, weight.rows - 1);
-        fetched[comptime!((own + n) as usize)] = weight.group_scale_word_of_row(row, place % stage.scales);
-    }
-    put_apart(&fetched, &mut staged.codes, words, stage.codes);
-    #[unroll]
-    for n in 0..own_scales {
-        let place = min(n * UNITS + UNIT_POS, comptime!(scale_words - 1));
-        staged.scales[place as usize] = fetched[comptime!((own + n) as usize)];
+fn put_tokens(fetched: &Array<Quad>, staged: &mut Staged, width: u32, #[comptime] stage: Stage) {
+    let (quads, sharers) = comptime!((stage.levels / 4, sharers(stage)));
+    let token = UNIT_POS / sharers;
+    let mut levels = staged.levels.to_slice_mut().into_vectorized().with_vector_size::<Const<4>>();
+    if token < width {
+        #[unroll]
+        for n in 0..comptime!(own_quads(stage)) {
+            let place = min(n * sharers + UNIT_POS % sharers, comptime!(quads - 1));
+            levels[(token * comptime!(level_stride(stage.levels) / 4) + place) as usize] =
+                fetched[comptime!(n as usize)];
+        }
     }
 }
 
-/// Puts a unit's first words of rows of so many words where they are [spread].
+/// Units that bring a token: all of a cube, or a plane.
+const fn sharers(stage: Stage) -> u32 {
+    UNITS / stage.tokens
+}
+
+/// How often each of them brings four words.
+const fn own_quads(stage: Stage) -> u32 {
+    (stage.levels / 4).div_ceil(sharers(stage))
+}
+
+/// Four neighbouring words.
+type Quad = Vector<u32, Const<4>>;
+
+/// What a unit brings of a block of rows.
+#[derive(CubeType)]
+struct Fetched {
+    quads: Array<Quad>,
+    words: Array<u32>,
+    scales: Array<i32>,
+}
+
 #[cube]
-fn put_apart(fetched: &Array<u32>, to: &mut SharedMemory<u32>, #[comptime] words: u32, #[comptime] width: u32) {
-    #[unroll]
-    for n in 0..comptime!(words.div_ceil(UNITS)) {
-        let place = min(n * UNITS + UNIT_POS, comptime!(words - 1));
-        to[(place / width * comptime!(spread(width)) + place % width) as usize] = fetched[comptime!(n as usize)];
+impl Fetched {
+    fn new(#[comptime] stage: Stage) -> Self {
+        let own = comptime!((FEW_ROWS * stage.codes).div_ceil(UNITS));
+        let own_scales = comptime!((FEW_ROWS * stage.groups).div_ceil(UNITS).max(1));
+        Fetched {
+            quads: Array::new(comptime!(own.div_ceil(4) as usize)),
+            words: Array::new(comptime!((if stage.in_quads { 1 } else { own }) as usize)),
+            scales: Array::new(comptime!(own_scales as usize)),
+        }
+    }
+
+    /// Brings the codes and the group scales of a matrix's plane, whose row 0 is `matrix_row`.
+    fn fetch(&mut self, weight: &Packed, matrix_row: u32, first_row: u32, #[comptime] stage: Stage) {
+        if comptime!(stage.in_quads) {
+            let (width, all) = comptime!((stage.codes / 4, FEW_ROWS * stage.codes / 4));
+            #[unroll]
+            for n in 0..comptime!(all.div_ceil(UNITS)) {
+                let place = min(n * UNITS + UNIT_POS, comptime!(all - 1));
+                let row = matrix_row + min(first_row + place / width, weight.rows - 1);
+                self.quads[comptime!(n as usize)] = weight.quad(row, place % width);
+            }
+        } else {
+            let (width, all) = comptime!((stage.codes, FEW_ROWS * stage.codes));
+            #[unroll]
+            for n in 0..comptime!(all.div_ceil(UNITS)) {
+                let place = min(n * UNITS + UNIT_POS, comptime!(all - 1));
+                let row = matrix_row + min(first_row + place / width, weight.rows - 1);
+                self.words[comptime!(n as usize)] = weight.word(row, place % width);
+            }
+        }
+        let scales = comptime!(FEW_ROWS * stage.groups);
+        #[unroll]
+        for n in 0..comptime!(scales.div_ceil(UNITS)) {
+            let place = min(n * UNITS + UNIT_POS, comptime!(scales - 1));
+            let row = matrix_row + min(first_row + place % FEW_ROWS, weight.rows - 1);
+            self.scales[comptime!(n as usize)] = weight.scale_of_group(row, place / FEW_ROWS);
+        }
+    }
+
+    /// Puts them into shared memory.
+    fn put(&self, staged: &mut Staged, #[comptime] stage: Stage) {
+        if comptime!(stage.in_quads) {
+            let (width, all) = comptime!((stage.codes / 4, FEW_ROWS * stage.codes / 4));
+            let mut codes = staged.codes.to_slice_mut().into_vectorized().with_vector_size::<Const<4>>();
+            #[unroll]
+            for n in 0..comptime!(all.div_ceil(UNITS)) {
+                let place = min(n * UNITS + UNIT_POS, comptime!(all - 1));
+                let to = place / width * comptime!(code_stride(stage.codes) / 4) + place % width;
+                codes[to as usize] = self.quads[comptime!(n as usize)];
+            }
+        } else {
+            let (width, all) = comptime!((stage.codes, FEW_ROWS * stage.codes));
+            #[unroll]
+            for n in 0..comptime!(all.div_ceil(UNITS)) {
+                let place = min(n * UNITS + UNIT_POS, comptime!(all - 1));
+                let to = place / width * comptime!(code_stride(stage.codes)) + place % width;
+                staged.codes[to as usize] = self.words[comptime!(n as usize)];
+            }
+        }
+        let scales = comptime!(FEW_ROWS * stage.groups);
+        #[unroll]
+        for n in 0..comptime!(scales.div_ceil(UNITS)) {
+            let place = min(n * UNITS + UNIT_POS, comptime!(scales - 1));
+            staged.scales[place as usize] = self.scales[comptime!(n as usize)];
+        }
     }
 }
 
-/// Adds the products of [`STEP`] words of the inputs, one group, to a plane's totals. `row` is the first of the two rows of this
-/// unit, number `line` of the block; there may be no token `line`.
+/// Adds the products of a step's [`STEP`] words of the inputs, of one group, to a plane's totals: of rows number `line` and eight further of
+/// the block, and of a token. A unit takes four neighbouring words, whichever these are: both sides of a product have them in the
+/// same order.
 #[cube]
 fn add_staged(
     weight: &Packed,
     staged: &Staged,
-    row: u32,
     line: u32,
+    token: u32,
     quarter: u32,
-    is_there: bool,
-    at: u32,
+    step: u32,
     totals: &mut Array<i32>,
     #[comptime] stage: Stage,
 ) {
-    let raw = comptime!(raw_words(weight.shape.format));
-    let mut words = Array::<u32>::new(comptime!(raw as usize));
     let mut codes = Array::<u32>::new(8usize);
     #[unroll]
     for side in 0..2u32 {
-        let first = (line + 8 * side) * comptime!(spread(stage.codes));
-        #[unroll]
-        for part in 0..raw {
-            let word = weight.word_of(at + 4 * part + quarter);
-            words[comptime!(part as usize)] = staged.codes[(first + word) as usize];
-        }
-        #[unroll]
-        for part in 0..4u32 {
-            codes[comptime!((4 * side + part) as usize)] = codes_of(weight, &words, 0u32, part, at, quarter);
+        let first = (line + 8 * side) * comptime!(code_stride(stage.codes));
+        if comptime!(stage.in_quads) {
+            let rows = staged.codes.to_slice().into_vectorized().with_vector_size::<Const<4>>();
+            let quad = rows[(first / 4 + step) as usize];
+            #[unroll]
+            for n in 0..4u32 {
+                codes[comptime!((4 * side + n) as usize)] =
+                    (quad[comptime!(n as usize)] >> (2 * quarter)) & 0x0303_0303u32;
+            }
+        } else {
+            #[unroll]
+            for n in 0..4u32 {
+                let place = step * STEP + 4 * quarter + n;
+                let word = staged.codes[(first + weight.word_of(place)) as usize];
+                codes[comptime!((4 * side + n) as usize)] = weight.codes_of(word, place);
+            }
         }
     }
+    let tokens = staged.levels.to_slice().into_vectorized().with_vector_size::<Const<4>>();
+    let quad =
+        tokens[(token * comptime!(level_stride(stage.levels) / 4) + step * comptime!(STEP / 4) + quarter) as usize];
     let mut levels = Array::<u32>::new(4usize);
     #[unroll]
-    for part in 0..4u32 {
-        let token = min(line, comptime!(stage.tokens - 1));
-        let word = staged.levels[(token * comptime!(spread(stage.levels)) + at + 4 * part + quarter) as usize];
-        // Zeros make whatever they are multiplied with nothing.
-        levels[comptime!(part as usize)] = select(is_there, word, u32::new(0));
+    for n in 0..4usize {
+        levels[n] = quad[n];
     }
     let mut sums = zeros();
     #[unroll]
@@ -300,11 +406,9 @@ fn add_staged(
     #[unroll]
     for side in 0..2u32 {
         let mut scale = i32::new(1);
-        if comptime!(stage.scales > 0) {
-            // Rows past the last one have its scales, and are not written.
-            let byte = weight.group_scale_byte_of_row(row + 8 * side, at);
-            let word = staged.scales[((line + 8 * side) * stage.scales + byte / 4) as usize];
-            scale = i32::cast_from((word >> (byte % 4 * 8)) & 255);
+        if comptime!(stage.groups > 0) {
+            let group = min(weight.group_of(step * STEP), comptime!(stage.groups - 1));
+            scale = staged.scales[(group * FEW_ROWS + line + 8 * side) as usize];
         }
         let pair = sums[comptime!(side as usize)];
         #[unroll]

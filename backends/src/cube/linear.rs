@@ -49,43 +49,44 @@ pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
     };
     let (choices, layout) = (x.choices(routes.as_ref()), term.weight.layout);
     let rows = layout.rows;
-    assert!(matrix < term.weight.layout.matrices, "matrix {matrix} of {:?}", term.weight.layout);
+    assert!(matrix < layout.matrices, "matrix {matrix} of {layout:?}");
+    let client = x.levels.client.clone();
+    let has_units = matrix_units::are_there(&client);
+    let together = if routes.as_ref().is_none_or(|routes| routes.plan.is_some()) { choices } else { 1 };
+    let stage = Stage::of(term.weight, together, &client).filter(|_| has_units);
     let (weight, addends, out) = term.launch(x, choices);
     if choices == 0 {
         return out;
     }
-    let (client, product) = (out.client.clone(), out.clone().into_array_arg());
-    let has_units = matrix_units::are_there(&client);
+    let product = out.clone().into_array_arg();
     let (is_few, tiles) = match &routes {
         None if choices < least_tiled(has_units) => (true, choices.div_ceil(few_units::FEW as usize)),
         None => (false, choices.div_ceil(TILE as usize)),
         Some(Routes { plan: None, .. }) => (true, choices),
         Some(Routes { plan: Some(plan), .. }) => (plan.tile < TILE, plan.count),
     };
-    let together = if routes.as_ref().is_none_or(|routes| routes.plan.is_some()) { choices } else { 1 };
-    let stage = Stage::of(&layout, together);
     let operands = x.operands(matrix, routes.as_ref());
     let cubes = |rows_a_cube, tiles| CubeCount::Static((rows as u32).div_ceil(rows_a_cube), tiles as u32, 1);
-    match (is_few, has_units) {
-        (true, true) if stage.fits(&client) => {
+    match (is_few, stage) {
+        (true, Some(stage)) => {
             let (cubes, dim) = (cubes(few_units::FEW_ROWS, tiles), CubeDim::new_1d(matrix_units::UNITS));
             // SAFETY: see `matrix_units`.
             unsafe {
                 few_units::few::launch_unchecked::<R>(&client, cubes, dim, operands, weight, addends, product, stage);
             }
         }
-        (true, _) => {
+        (true, None) => {
             let (cubes, dim) = (cubes(ROWS, choices), CubeDim::new_1d(LANES * ROWS));
             row_by_row::launch::<R>(&client, cubes, dim, operands, weight, addends, product);
         }
-        (false, true) => {
+        (false, _) if has_units => {
             let (cubes, dim) = (cubes(matrix_units::ROWS, tiles), CubeDim::new_1d(matrix_units::UNITS));
             // SAFETY: see `matrix_units`.
             unsafe {
                 matrix_units::many::launch_unchecked::<R>(&client, cubes, dim, operands, weight, addends, product);
             }
         }
-        (false, false) => {
+        (false, _) => {
             let (cubes, dim) = (cubes(TILE, tiles), CubeDim::new_1d((TILE / PART) * (TILE / PART)));
             tiled::launch::<R>(&client, cubes, dim, operands, weight, addends, product);
         }
@@ -100,11 +101,11 @@ pub(super) fn three_products<R: CubeRuntime, F: FloatElement, I: IntElement, BT:
 ) -> [CubeTensor<R>; 3] {
     let client = x.levels.client.clone();
     let has_units = matrix_units::are_there(&client);
-    let stages = terms.each_ref().map(|term| Stage::of(&term.weight.layout, x.count));
-    let are_alike = stages.iter().all(|stage| *stage == stages[0] && stage.fits(&client));
-    if x.count == 0 || x.count >= least_tiled(has_units) || !has_units || !are_alike {
+    let stages = terms.each_ref().map(|term| Stage::of(term.weight, x.count, &client));
+    let alike = stages[0].filter(|_| has_units && stages.iter().all(|stage| *stage == stages[0]));
+    let Some(stage) = alike.filter(|_| x.count > 0 && x.count < least_tiled(has_units)) else {
         return terms.map(|term| products(x, term, Matrices::One(0)));
-    }
+    };
     let blocks = terms.each_ref().map(|term| (term.weight.layout.rows as u32).div_ceil(few_units::FEW_ROWS));
     let [(a, to_a, first), (b, to_b, second), (c, to_c, third)] = terms.map(|term| term.launch(x, x.count));
     // SAFETY: see `matrix_units`.
@@ -125,7 +126,7 @@ pub(super) fn three_products<R: CubeRuntime, F: FloatElement, I: IntElement, BT:
             third.clone().into_array_arg(),
             blocks[0],
             blocks[1],
-            stages[0],
+            stage,
         );
     }
     [first, second, third]

@@ -17,7 +17,9 @@
 //! # }
 //! ```
 
+mod attend;
 mod attention;
+mod attention_parts;
 mod attention_tiles;
 mod buffer;
 mod device;
@@ -49,7 +51,7 @@ use crate::{
     },
     reference::{self, each_alone},
 };
-use buffer::{float_rows, floats, integers, tensor};
+use buffer::{float_rows, floats, integers, read, tensor};
 use linear::{products, three_products};
 use operands::{Matrices, Term};
 use tokens::{Before, quantize};
@@ -115,8 +117,8 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         bias: Tensor<Self, 1>,
         k: usize,
     ) -> (Tensor<Self, 2, Int>, Tensor<Self, 2>) {
-        let (inputs, router) = (floats(x.clone()), weight.dims());
-        if !routing::fits(&inputs.client, router) {
+        let inputs = floats(x.clone());
+        if !routing::fits(&inputs.client, weight.dims()[1]) {
             return reference::route(x, weight, bias, k);
         }
         let (chosen, weights) = routing::route(inputs, floats(weight), floats(bias), k);
@@ -134,7 +136,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
 
     fn expert_layer(x: Tensor<Self, 2>, layer: &ExpertLayer<Self>) -> Tensor<Self, 2> {
         let inputs = floats(x.clone());
-        if !routing::fits(&inputs.client, layer.router.dims()) {
+        if !routing::fits(&inputs.client, layer.router.dims()[1]) {
             return layer_by_parts(x, layer);
         }
         tensor(experts::expert_layer(inputs, layer))
@@ -152,12 +154,12 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
         tensor(stored::linear(floats(x), matrix, Some(ids(rows))))
     }
 
-    fn largest(x: Tensor<Self, 2>, k: usize) -> Option<(Tensor<Self, 2, Int>, Tensor<Self, 2>)> {
+    fn largest(x: Tensor<Self, 2>, k: usize) -> Option<(Vec<u32>, Vec<f32>)> {
         if k > largest::MOST {
             return None;
         }
-        let (places, numbers) = largest::largest(floats(x), k);
-        Some((Tensor::from_primitive(places), tensor(numbers)))
+        let [places, numbers] = read(largest::largest(floats(x), k).into());
+        Some((bytemuck::pod_collect_to_vec(&places), bytemuck::pod_collect_to_vec(&numbers)))
     }
 
     fn stored_rows(matrix: &StoredMatrix<Self>, rows: Tensor<Self, 1, Int>) -> Tensor<Self, 2> {

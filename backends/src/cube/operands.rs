@@ -89,6 +89,7 @@ pub(super) struct Operands {
     pub(super) level_words: u32,
     matrix: u32,
     pub(super) choices: u32,
+    #[cube(comptime)]
     per_input: u32,
     #[cube(comptime)]
     pub(super) routed: bool,
@@ -132,7 +133,12 @@ impl Operands {
 
     /// The token of a choice.
     pub(super) fn input_of(&self, choice: u32) -> u32 {
-        if comptime!(self.routed) { choice / self.per_input } else { choice }
+        if comptime!(self.routed) { choice / comptime!(self.per_input) } else { choice }
+    }
+
+    /// Four words of the tokens.
+    pub(super) fn level_quad(&self, quad: u32) -> Vector<u32, Const<4>> {
+        self.levels.to_slice().into_vectorized().with_vector_size::<Const<4>>()[quad as usize]
     }
 
     /// What the levels of a token are multiplied with.

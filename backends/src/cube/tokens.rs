@@ -1,4 +1,8 @@
 //! Activations to int8, one cube a token.
+//!
+//! No access is checked on the device: numbers end at the last one of a token, and words at the last one of a row; tokens are as many
+//! as the arrays hold.
+#![allow(unsafe_code)]
 
 use burn::tensor::DType;
 use burn_cubecl::{CubeRuntime, tensor::CubeTensor};
@@ -6,8 +10,8 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::room,
-    device::{Join, factor_of, is_finite, is_nan, joined, nan, round, signs, units_for},
-    routing::{choose, inputs_room, place_of},
+    device::{Join, factor_of, is_finite, is_nan, joined_by_planes, nan, plane_of, round, signs, units_for},
+    routing::{Choice, Scores, choose, scores},
 };
 use crate::{
     format::{BLOCK, Rotation, TernaryLayout},
@@ -49,13 +53,9 @@ enum Kind {
     Gated,
 }
 
-/// Words of shared memory that [`quantize_and_route`] takes for tokens of so many numbers, experts apart: their own, and a sum, a
-/// maximum and a score for each unit.
-pub(super) const fn shared_words(hidden: u32) -> usize {
-    let spread = SPREAD as usize * MOST_UNITS;
-    let inputs = inputs_room(hidden) as usize;
-    3 * MOST_UNITS + if inputs > spread { inputs } else { spread }
-}
+/// Words of shared memory that [`quantize_and_route`] takes, experts apart: numbers that are rotated, and a sum and a maximum for
+/// each unit.
+pub(super) const SHARED_WORDS: usize = (SPREAD as usize + 2) * MOST_UNITS;
 
 /// Words of a rounded token: a kernel reads as many inputs as there are codes.
 pub(super) const fn level_words(layout: &TernaryLayout) -> usize {
@@ -71,19 +71,22 @@ pub(super) fn quantize<R: CubeRuntime>(x: CubeTensor<R>, before: Before<R>, layo
             Before::Norm(gamma, epsilon) => (Kind::Normed, gamma, [epsilon, 0.0]),
             Before::Gate(gate) => (Kind::Gated, x.clone(), [gate.alpha, gate.limit]),
         };
-        let units = tokens.units();
-        quantize_kernel::launch::<R>(
-            &x.client.clone(),
-            CubeCount::Static(tokens.count as u32, 1, 1),
-            CubeDim::new_1d(units),
-            x.into_array_arg(),
-            gamma.into_array_arg(),
-            tokens.levels.clone().into_array_arg(),
-            tokens.scales.clone().into_array_arg(),
-            Rounding::launch(layout, units, kind),
-            numbers[0],
-            numbers[1],
-        );
+        assert!(gamma.meta.num_elements() >= layout.in_features, "a norm of other inputs");
+        // SAFETY: see the top of the file.
+        unsafe {
+            quantize_kernel::launch_unchecked::<R>(
+                &x.client.clone(),
+                CubeCount::Static(tokens.count as u32, 1, 1),
+                CubeDim::new_1d(tokens.units()),
+                x.into_array_arg(),
+                gamma.into_array_arg(),
+                tokens.levels.clone().into_array_arg(),
+                tokens.scales.clone().into_array_arg(),
+                Rounding::launch(&tokens, layout, kind),
+                numbers[0],
+                numbers[1],
+            );
+        }
     }
     tokens
 }
@@ -101,26 +104,29 @@ pub(super) fn quantize_and_route<R: CubeRuntime>(
     let tokens = Tokens::room(&x, 1, layout);
     let choice = [DType::I32, DType::F32].map(|dtype| room(&x, [tokens.count, k], dtype));
     if tokens.count * k > 0 {
-        let (units, experts) = (tokens.units(), router.meta.shape()[1]);
+        let experts = router.meta.shape()[1];
+        assert!(router.meta.shape()[0] == layout.in_features && bias.meta.num_elements() >= experts, "another router");
+        let scores = Scores::of(x.clone(), Some(gamma.clone()), router);
         let [chosen, weights] = choice.clone().map(CubeTensor::into_array_arg);
-        quantize_and_route_kernel::launch::<R>(
-            &x.client.clone(),
-            CubeCount::Static(tokens.count as u32, 1, 1),
-            CubeDim::new_1d(units),
-            x.into_array_arg(),
-            gamma.into_array_arg(),
-            router.into_array_arg(),
-            bias.into_array_arg(),
-            tokens.levels.clone().into_array_arg(),
-            tokens.scales.clone().into_array_arg(),
-            chosen,
-            weights,
-            Rounding::launch(layout, units, Kind::Normed),
-            epsilon,
-            layout.in_features as u32,
-            k as u32,
-            experts as u32,
-        );
+        // SAFETY: see the top of the file; scores are those of as many tokens and experts.
+        unsafe {
+            quantize_and_route_kernel::launch_unchecked::<R>(
+                &x.client.clone(),
+                CubeCount::Static(tokens.count as u32, 1, 1),
+                CubeDim::new_1d(tokens.units()),
+                x.into_array_arg(),
+                gamma.into_array_arg(),
+                scores.parts.into_array_arg(),
+                bias.into_array_arg(),
+                tokens.levels.clone().into_array_arg(),
+                tokens.scales.clone().into_array_arg(),
+                chosen,
+                weights,
+                Rounding::launch(&tokens, layout, Kind::Normed),
+                epsilon,
+                Choice { k: k as u32, experts: experts as u32, slices: scores.slices },
+            );
+        }
     }
     (tokens, choice)
 }
@@ -150,21 +156,34 @@ struct Rounding {
     units: u32,
     #[cube(comptime)]
     kind: Kind,
+    /// See [`plane_of`].
+    #[cube(comptime)]
+    plane: u32,
     /// Numbers that are rotated together.
     #[cube(comptime)]
     rotation: Option<u32>,
 }
 
 impl Rounding {
-    fn launch<R: CubeRuntime>(layout: &TernaryLayout, units: u32, kind: Kind) -> RoundingLaunch<R> {
+    fn launch<R: CubeRuntime>(tokens: &Tokens<R>, layout: &TernaryLayout, kind: Kind) -> RoundingLaunch<R> {
+        let (units, plane) = (tokens.units(), plane_of(&tokens.levels.client));
         let seed = layout.rotation.map_or(0, |rotation| rotation.seed);
         let width = layout.rotation.map(|_| Rotation::width(layout.in_features) as u32);
         let words = level_words(layout) as u32;
-        RoundingLaunch::new(layout.in_features as u32, seed as u32, (seed >> 32) as u32, words, units, kind, width)
+        RoundingLaunch::new(
+            layout.in_features as u32,
+            seed as u32,
+            (seed >> 32) as u32,
+            words,
+            units,
+            kind,
+            plane,
+            width,
+        )
     }
 }
 
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn quantize_kernel(
     x: &Array<f32>,
     gamma: &Array<f32>,
@@ -174,16 +193,16 @@ fn quantize_kernel(
     first: f32,
     second: f32,
 ) {
-    let mut values = bring(x, gamma, rounding, first, second);
+    let (mut values, _norm) = bring(x, gamma, rounding, first, second);
     let mut run = SharedMemory::<f32>::new(comptime!((SPREAD * rounding.units) as usize));
     round_token(&mut values, levels, scales, rounding, &mut run);
 }
 
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn quantize_and_route_kernel(
     x: &Array<f32>,
     gamma: &Array<f32>,
-    router: &Array<f32>,
+    parts: &Array<f32>,
     bias: &Array<f32>,
     levels: &mut Array<u32>,
     scales: &mut Array<f32>,
@@ -191,23 +210,13 @@ fn quantize_and_route_kernel(
     weights: &mut Array<f32>,
     rounding: &Rounding,
     epsilon: f32,
-    #[comptime] hidden: u32,
-    #[comptime] k: u32,
-    #[comptime] experts: u32,
+    #[comptime] choice: Choice,
 ) {
     let units = comptime!(rounding.units);
-    let mut values = bring(x, gamma, rounding, epsilon, 0.0);
-    let mut run = SharedMemory::<f32>::new(comptime!((SPREAD * units).max(inputs_room(hidden)) as usize));
-    #[unroll]
-    for n in 0..comptime!(OWN * rounds_of(rounding.words, units)) {
-        let i = n / OWN * OWN * units + OWN * UNIT_POS + n % OWN;
-        if i < hidden {
-            run[place_of(i) as usize] = values[comptime!(n as usize)];
-        }
-    }
-    sync_cube();
-    choose(&run, router, bias, chosen, weights, CUBE_POS_X, hidden, k, experts, units);
-    sync_cube();
+    let scores = scores(parts, units, choice);
+    let (mut values, norm) = bring(x, gamma, rounding, epsilon, 0.0);
+    choose(&scores, norm, bias, chosen, weights, units, choice);
+    let mut run = SharedMemory::<f32>::new(comptime!((SPREAD * units) as usize));
     round_token(&mut values, levels, scales, rounding, &mut run);
 }
 
@@ -216,9 +225,9 @@ const fn rounds_of(words: u32, units: u32) -> u32 {
     (4 * words).div_ceil(OWN * units)
 }
 
-/// A unit's numbers of a token, as they are before the rotation, zeros past its end.
+/// A unit's numbers of a token, as they are before the rotation, zeros past its end; and what a norm has multiplied them with.
 #[cube]
-fn bring(x: &Array<f32>, gamma: &Array<f32>, rounding: &Rounding, first: f32, second: f32) -> Array<f32> {
+fn bring(x: &Array<f32>, gamma: &Array<f32>, rounding: &Rounding, first: f32, second: f32) -> (Array<f32>, f32) {
     let token = CUBE_POS_X;
     let in_features = rounding.in_features;
     let (units, kind) = comptime!((rounding.units, rounding.kind));
@@ -239,10 +248,11 @@ fn bring(x: &Array<f32>, gamma: &Array<f32>, rounding: &Rounding, first: f32, se
         values[comptime!(n as usize)] = value;
         sum += value * value;
     }
+    let mut norm = f32::new(1.0);
     if comptime!(kind == Kind::Normed) {
         let mut sums = SharedMemory::<f32>::new(comptime!(units as usize));
-        let sum = joined(sum, &mut sums, units, Join::Sum);
-        let norm = 1.0 / f32::sqrt(sum / f32::cast_from(in_features) + first);
+        let sum = joined_by_planes(sum, &mut sums, units, comptime!(rounding.plane), Join::Sum);
+        norm = 1.0 / f32::sqrt(sum / f32::cast_from(in_features) + first);
         #[unroll]
         for n in 0..comptime!(OWN * rounds) {
             let i = n / OWN * OWN * units + OWN * UNIT_POS + n % OWN;
@@ -251,7 +261,7 @@ fn bring(x: &Array<f32>, gamma: &Array<f32>, rounding: &Rounding, first: f32, se
             }
         }
     }
-    values
+    (values, norm)
 }
 
 /// A cube rotates and rounds a token.
@@ -287,7 +297,8 @@ fn round_token(
         largest = max(largest, u32::reinterpret(f32::abs(values[comptime!(n as usize)])));
     }
     let mut keys = SharedMemory::<u32>::new(comptime!(units as usize));
-    let largest = f32::reinterpret(joined(largest, &mut keys, units, Join::Largest));
+    let largest =
+        f32::reinterpret(joined_by_planes(largest, &mut keys, units, comptime!(rounding.plane), Join::Largest));
     let scale = largest / 127.0;
     let divisor = select(scale == 0.0, f32::new(1.0), scale);
     #[unroll]

@@ -77,6 +77,16 @@ pub(super) fn packed<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolEle
     )
 }
 
+/// Whether the words of a row can be read four at a time, as the units of a plane share them: those of activations that follow
+/// each other.
+pub(super) fn has_quads<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    weight: &TernaryWeight<CubeBackend<R, F, I, BT>>,
+) -> bool {
+    let codes = integer_rows(weight.codes.clone());
+    let begins_even = codes.array.handle.offset_start.unwrap_or(0) % 16 == 0;
+    weight.layout.format == CodeFormat::T2 && codes.pitch.is_multiple_of(4) && begins_even
+}
+
 #[cube]
 impl Packed {
     /// Which of all rows this is.
@@ -93,6 +103,12 @@ impl Packed {
     /// A word of a row.
     pub(super) fn word(&self, row: u32, word: u32) -> u32 {
         self.codes[(row * self.code_pitch + word) as usize]
+    }
+
+    /// Four words of a row: see [`has_quads`].
+    pub(super) fn quad(&self, row: u32, quad: u32) -> Vector<u32, Const<4>> {
+        let quads = self.codes.to_slice().into_vectorized().with_vector_size::<Const<4>>();
+        quads[(row * (self.code_pitch / 4) + quad) as usize]
     }
 
     /// Where the activations of the codes of [`digit`] `digit` of a word lie, in words of four.
@@ -165,21 +181,20 @@ impl Packed {
         scale
     }
 
-    /// Word `number` of those that hold a row's group scales, at most the last one.
-    pub(super) fn group_scale_word_of_row(&self, row: u32, number: u32) -> u32 {
-        let first = row * self.group_scale_pitch;
-        self.group_scales[min(first / 4 + number, (first + self.groups - 1) / 4) as usize]
+    /// Scale number `group` of a row.
+    pub(super) fn scale_of_group(&self, row: u32, group: u32) -> i32 {
+        let at = row * self.group_scale_pitch + group;
+        i32::cast_from((self.group_scales[(at / 4) as usize] >> (at % 4 * 8)) & 255)
     }
 
-    /// Which of their bytes is the scale of the activations at `place`.
-    pub(super) fn group_scale_byte_of_row(&self, row: u32, place: u32) -> u32 {
-        self.group_scale_at(row, place) - row * self.group_scale_pitch / 4 * 4
+    /// The group of the activations at `place`.
+    pub(super) fn group_of(&self, place: u32) -> u32 {
+        place * 4 / comptime!(self.shape.group_size.unwrap_or(1))
     }
 
     /// Which of all group scales.
     fn group_scale_at(&self, row: u32, place: u32) -> u32 {
-        let group = place * 4 / comptime!(self.shape.group_size.unwrap_or(1));
-        row * self.group_scale_pitch + min(group, self.groups - 1)
+        row * self.group_scale_pitch + min(self.group_of(place), self.groups - 1)
     }
 }
 

@@ -188,7 +188,7 @@ pub trait TernaryBackend: Backend {
 
     /// See [`largest`]: none, unless reading a few numbers back from the backend's memory is better than reading all.
     #[must_use]
-    fn largest(_x: Tensor<Self, 2>, _k: usize) -> Option<(Tensor<Self, 2, Int>, Tensor<Self, 2>)> {
+    fn largest(_x: Tensor<Self, 2>, _k: usize) -> Option<(Vec<u32>, Vec<f32>)> {
         None
     }
 
@@ -409,12 +409,12 @@ pub fn route<B: TernaryBackend>(
 }
 
 /// The `k` largest numbers of each row of `x [rows, n]`, best first, of equal ones the first: where they are and what they are,
-/// `[rows, k]` each. NaN counts as the largest. `None` on a backend that has no use for it, or for so many.
+/// `[rows, k]` each, read back. NaN counts as the largest. `None` on a backend that has no use for it, or for so many.
 ///
 /// # Panics
 /// If a row has fewer than `k` numbers, or `k` is 0.
 #[must_use]
-pub fn largest<B: TernaryBackend>(x: Tensor<B, 2>, k: usize) -> Option<(Tensor<B, 2, Int>, Tensor<B, 2>)> {
+pub fn largest<B: TernaryBackend>(x: Tensor<B, 2>, k: usize) -> Option<(Vec<u32>, Vec<f32>)> {
     assert!(k > 0 && k <= x.dims()[1], "the {k} largest of {}", x.dims()[1]);
     timed(|| B::largest(single(x), k))
 }
