@@ -1,6 +1,6 @@
 //! Burn tensors as the arrays that kernels take.
 
-use std::{any::TypeId, cell::RefCell, collections::HashMap};
+use std::{any::TypeId, cell::RefCell, collections::HashMap, hint::spin_loop, sync::mpsc};
 
 use burn::tensor::{DType, Int, Shape, Tensor, TensorMetadata, TensorPrimitive};
 use burn_cubecl::{
@@ -112,6 +112,11 @@ fn pitch(shape: &[usize], strides: &[usize]) -> Option<usize> {
     (even && aligned >= width && (width == 1 || strides[leading] == 1)).then_some(aligned)
 }
 
+/// Whether an array begins where 16 bytes can be read at once.
+pub(super) fn begins_even<R: CubeRuntime>(array: &CubeTensor<R>) -> bool {
+    array.handle.offset_start.unwrap_or(0).is_multiple_of(16)
+}
+
 /// The rows of a `U8` tensor as words: WGSL has no smaller integers. What is past the end of a row is nobody's; `pitch` stays
 /// in bytes.
 ///
@@ -136,8 +141,8 @@ pub(super) fn begin<R: CubeRuntime>(beside: &CubeTensor<R>) {
     DeviceHandle::<R::Server>::new(beside.device.to_id()).flush_queue();
 }
 
-/// The bytes of two tensors whose elements are in order. The device's own thread waits for them: one that waits for work sleeps
-/// 150 microseconds at a time, and is awake now when more is asked for.
+/// The bytes of two tensors whose elements are in order. Nobody sleeps until they are there, as the device has nothing to do then: the
+/// device's own thread, which sleeps 150 microseconds at a time when it waits for work, waits for them, and so does this one.
 ///
 /// # Panics
 /// If the device failed, as Burn's reads do.
@@ -147,11 +152,23 @@ pub(super) fn read<R: CubeRuntime>(tensors: [CubeTensor<R>; 2]) -> [Bytes; 2] {
         let (shape, strides) = (tensor.meta.shape().clone(), tensor.meta.strides().clone());
         CopyDescriptor::new(tensor.handle.binding(), shape, strides, tensor.dtype.size())
     });
-    let read = DeviceHandle::<R::Server>::new(device)
-        .submit_blocking(move |server| block_on(server.read(descriptors.into(), stream)));
-    let bytes = read.expect("a device that answers").expect("what the device has computed");
-    bytes.try_into().ok().expect("as many as asked for")
+    let (send, receive) = mpsc::channel();
+    let device = DeviceHandle::<R::Server>::new(device);
+    device.submit(move |server| {
+        // Nobody waits any more if this fails.
+        let _ = send.send(block_on(server.read(descriptors.into(), stream)));
+    });
+    device.flush_queue();
+    let soon = (0..MOST_SPINS).find_map(|_| {
+        spin_loop();
+        receive.try_recv().ok()
+    });
+    let read = soon.or_else(|| receive.recv().ok()).expect("a device that answers");
+    read.expect("what the device has computed").try_into().ok().expect("as many as asked for")
 }
+
+/// How often [`read`] looks for an answer before it sleeps: some 10 milliseconds.
+const MOST_SPINS: u32 = 200_000;
 
 /// Room for a tensor beside another one, its elements in order, not initialized: for a short time, most likely.
 pub(super) fn room<R: CubeRuntime, const D: usize>(

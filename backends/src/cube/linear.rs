@@ -2,17 +2,18 @@
 //! matrix units where the device has them.
 #![allow(unsafe_code)]
 
-use burn_cubecl::{BoolElement, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
+use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor};
 use cubecl::prelude::*;
 
 use super::{
     device::{Join, joined},
-    few_units::{self, Stage},
-    matrix_units,
+    few_stage::Stage,
+    few_units, matrix_units,
     operands::{Addends, Matrices, Operands, Routes, TILE, Term},
-    tokens::Tokens,
+    tokens::{Before, Tokens, quantize},
     weight::{Packed, digit, dot, level},
 };
+use crate::format::TernaryWeight;
 
 /// Units that share a row.
 const LANES: u32 = 32;
@@ -22,6 +23,8 @@ const ROWS: u32 = 8;
 const TILED: usize = 12;
 /// The same where matrix units share them among a few tokens already: the cubes of fewer tokens leave much of a GPU idle.
 const TILED_UNITS: usize = 128;
+/// Choices of experts whose products round them themselves at most.
+const FRESH: usize = 8;
 /// Rows, and tokens, of a tile that one unit computes.
 const PART: u32 = 4;
 /// Words of activations that a tile takes at a time: a group of weights is never shorter.
@@ -35,6 +38,26 @@ pub(super) const fn is_tiled(tokens: usize) -> bool {
 /// Tokens of one matrix from which on tiles are worth it.
 const fn least_tiled(has_units: bool) -> usize {
     if has_units { TILED_UNITS } else { TILED }
+}
+
+/// Tokens for products with these weights, which are packed alike: of each token, or of each choice, alone if they are `routed`. A few
+/// are rounded by the products themselves, which saves a launch; where matrices are many, so are the cubes that round the same again.
+pub(super) fn rounded<'a, R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
+    x: CubeTensor<R>,
+    before: Before<R>,
+    weights: impl IntoIterator<Item = &'a TernaryWeight<CubeBackend<R, F, I, BT>>> + Clone,
+    routed: bool,
+) -> Tokens<R> {
+    let client = x.client.clone();
+    let mut layouts = weights.clone().into_iter().map(|weight| weight.layout);
+    let layout = layouts.next().expect("weights for tokens");
+    let fresh = Tokens::unrounded(x.clone(), before.clone(), &layout);
+    let few = if routed { FRESH } else { 1 };
+    let takes = |weight| Stage::of(weight, 1, true, &client).is_some();
+    if (1..=few).contains(&fresh.count) && matrix_units::are_there(&client) && weights.into_iter().all(takes) {
+        return fresh;
+    }
+    quantize(x, before, &layout)
 }
 
 /// The products of tokens, or of choices, with their matrices, plus what is added to them: `[choices, rows]`.
@@ -53,7 +76,8 @@ pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
     let client = x.levels.client.clone();
     let has_units = matrix_units::are_there(&client);
     let together = if routes.as_ref().is_none_or(|routes| routes.plan.is_some()) { choices } else { 1 };
-    let stage = Stage::of(term.weight, together, &client).filter(|_| has_units);
+    let stage = Stage::of(term.weight, together, x.unrounded.is_some(), &client).filter(|_| has_units);
+    assert!(x.unrounded.is_none() || stage.is_some(), "only few products round tokens themselves");
     let (weight, addends, out) = term.launch(x, choices);
     if choices == 0 {
         return out;
@@ -72,7 +96,10 @@ pub(super) fn products<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolE
             let (cubes, dim) = (cubes(few_units::FEW_ROWS, tiles), CubeDim::new_1d(matrix_units::UNITS));
             // SAFETY: see `matrix_units`.
             unsafe {
-                few_units::few::launch_unchecked::<R>(&client, cubes, dim, operands, weight, addends, product, stage);
+                let fresh = x.fresh();
+                few_units::few::launch_unchecked::<R>(
+                    &client, cubes, dim, operands, fresh, weight, addends, product, stage,
+                );
             }
         }
         (true, None) => {
@@ -101,7 +128,7 @@ pub(super) fn three_products<R: CubeRuntime, F: FloatElement, I: IntElement, BT:
 ) -> [CubeTensor<R>; 3] {
     let client = x.levels.client.clone();
     let has_units = matrix_units::are_there(&client);
-    let stages = terms.each_ref().map(|term| Stage::of(term.weight, x.count, &client));
+    let stages = terms.each_ref().map(|term| Stage::of(term.weight, x.count, x.unrounded.is_some(), &client));
     let alike = stages[0].filter(|_| has_units && stages.iter().all(|stage| *stage == stages[0]));
     let Some(stage) = alike.filter(|_| x.count > 0 && x.count < least_tiled(has_units)) else {
         return terms.map(|term| products(x, term, Matrices::One(0)));
@@ -115,6 +142,7 @@ pub(super) fn three_products<R: CubeRuntime, F: FloatElement, I: IntElement, BT:
             CubeCount::Static(blocks.iter().sum(), x.count.div_ceil(few_units::FEW as usize) as u32, 1),
             CubeDim::new_1d(matrix_units::UNITS),
             x.operands(0, None),
+            x.fresh(),
             a,
             b,
             c,

@@ -25,12 +25,14 @@ mod buffer;
 mod device;
 pub mod devices;
 mod experts;
+mod few_stage;
 mod few_units;
 mod largest;
 mod linear;
 mod matrix_units;
 mod operands;
 mod ring;
+mod rounding;
 mod routing;
 mod stored;
 mod stored_units;
@@ -45,14 +47,11 @@ use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 
 use crate::{
     format::TernaryWeight,
-    ops::{
-        BiasedWeight, ExpertLayer, LayerCache, StoredFloat, StoredMatrix, TernaryBackend, TernaryExperts,
-        layer_by_parts,
-    },
+    ops::{BiasedWeight, ExpertLayer, LayerCache, StoredMatrix, TernaryBackend, TernaryExperts, layer_by_parts},
     reference::{self, each_alone},
 };
 use buffer::{float_rows, floats, integers, read, tensor};
-use linear::{products, three_products};
+use linear::{products, rounded, three_products};
 use operands::{Matrices, Term};
 use tokens::{Before, quantize};
 
@@ -102,7 +101,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
     }
 
     fn linear_onto(residual: Tensor<Self, 2>, x: Tensor<Self, 2>, linear: &BiasedWeight<Self>) -> Tensor<Self, 2> {
-        let tokens = quantize(floats(x), Before::Nothing, &linear.weight.layout);
+        let tokens = rounded(floats(x), Before::Nothing, [&linear.weight], false);
         let term = Term { residual: Some(floats(residual)), ..term(linear) };
         tensor(products(&tokens, term, Matrices::One(0)))
     }
@@ -204,9 +203,9 @@ fn stored_linear<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement
     matrix: &StoredMatrix<CubeBackend<R, F, I, BT>>,
 ) -> Tensor<CubeBackend<R, F, I, BT>, 2> {
     let tokens = x.dims()[0];
-    if (2..DECODED_FOR).contains(&tokens) && matrix.float() == StoredFloat::Bf16 {
+    if (2..DECODED_FOR).contains(&tokens) {
         let x = floats(x.clone());
-        if stored_units::are_there(&x.client) {
+        if stored_units::take(&x.client, matrix) {
             return tensor(stored_units::linear(x, matrix));
         }
     }
@@ -240,7 +239,7 @@ fn linears_of<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     // What rounded tokens depend on.
     let key = |linear: &BiasedWeight<_>| (linear.weight.layout.packed_inputs(), linear.weight.layout.rotation);
     let alike = linears.chunk_by(|a, b| key(a) == key(b)).flat_map(|alike| {
-        let tokens = quantize(x.clone(), before(), &alike[0].weight.layout);
+        let tokens = rounded(x.clone(), before(), alike.iter().map(|linear| &linear.weight), false);
         match alike {
             [a, b, c] => three_products(&tokens, [a, b, c].map(term)).to_vec(),
             _ => alike.iter().map(|linear| products(&tokens, term(linear), Matrices::One(0))).collect(),

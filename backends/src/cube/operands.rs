@@ -11,6 +11,9 @@ use super::{
 };
 use crate::format::{TernaryLayout, TernaryWeight};
 
+/// Four neighbouring words, which a unit reads at once: by CUDA, and unchecked.
+pub(super) type Quad = Vector<u32, Const<4>>;
+
 /// Choices of a tile, where there are many.
 pub(super) const TILE: u32 = 64;
 
@@ -137,7 +140,7 @@ impl Operands {
     }
 
     /// Four words of the tokens.
-    pub(super) fn level_quad(&self, quad: u32) -> Vector<u32, Const<4>> {
+    pub(super) fn level_quad(&self, quad: u32) -> Quad {
         self.levels.to_slice().into_vectorized().with_vector_size::<Const<4>>()[quad as usize]
     }
 

@@ -6,8 +6,9 @@ use burn_cubecl::{CubeRuntime, tensor::CubeTensor};
 use cubecl::{client::ComputeClient, prelude::*};
 
 use super::{
-    buffer::room,
+    buffer::{begins_even, room},
     device::{Join, is_nan, joined, nan, units_for},
+    matrix_units,
     tokens::SHARED_WORDS,
 };
 
@@ -19,12 +20,14 @@ const MOST_UNITS: usize = 1024;
 const SCORERS: u32 = 256;
 /// Units of a cube that chooses some.
 const CHOOSERS: u32 = 64;
-/// Inputs whose weights a unit fetches together, for one token and for several.
-const AHEAD: [u32; 2] = [12, 4];
+/// Neighbouring inputs that a unit looks at.
+const OWN: u32 = 4;
+/// How many times as many it fetches the weights of together, for one token and for several.
+const AHEAD: [u32; 2] = [3, 1];
 /// Tokens from which on there are cubes enough without sharing a token's inputs, and how many tokens a cube takes then, so that
 /// weights are read less often.
 const MANY: usize = 128;
-const TOGETHER: u32 = 4;
+const TOGETHER: u32 = 8;
 
 /// [`rms_norm`](crate::rms_norm) of `x [tokens, hidden]`.
 pub(super) fn rms_norm<R: CubeRuntime>(x: CubeTensor<R>, gamma: CubeTensor<R>, epsilon: f32) -> CubeTensor<R> {
@@ -129,10 +132,14 @@ impl<R: CubeRuntime> Scores<R> {
         assert!(weight.meta.shape()[0] == hidden && gamma.meta.num_elements() >= hidden, "a router of other inputs");
         // As many inputs as the units fetch together.
         let is_many = tokens >= MANY;
-        let share = if is_many { hidden.max(1) as u32 } else { AHEAD[0] * runs(experts as u32) };
+        let share = if is_many { hidden.max(1) as u32 } else { AHEAD[0] * OWN * runs(experts as u32) };
         let together = if is_many { TOGETHER } else { 1 };
         let slices = (hidden as u32).div_ceil(share);
         let parts = room(&x, [tokens, slices as usize, experts], DType::F32);
+        let has_quads = matrix_units::are_there(&x.client)
+            && hidden.is_multiple_of(4)
+            && begins_even(&x)
+            && (!scaled || begins_even(&gamma));
         // SAFETY: inputs, experts and tokens end at the last one, and there are parts for every token and slice.
         unsafe {
             score_kernel::launch_unchecked::<R>(
@@ -149,6 +156,7 @@ impl<R: CubeRuntime> Scores<R> {
                 experts as u32,
                 together,
                 scaled,
+                has_quads,
             );
         }
         Self { parts, slices }
@@ -178,6 +186,7 @@ fn score_kernel(
     #[comptime] experts: u32,
     #[comptime] together: u32,
     #[comptime] scaled: bool,
+    #[comptime] has_quads: bool,
 ) {
     let (width, runs) = comptime!((width(experts), runs(experts)));
     let ahead = comptime!(if together > 1 { AHEAD[1] } else { AHEAD[0] });
@@ -194,23 +203,36 @@ fn score_kernel(
         for n in 0..together {
             own[comptime!(n as usize)] = 0.0;
         }
-        let mut input = slice * share + run;
+        let mut input = slice * share + run * OWN;
         while input < end {
             // Nothing here depends on a condition, so that all is fetched together.
             #[unroll]
             for step in 0..ahead {
-                let known = min(input + step * runs, end - 1);
-                let mut factor = weight[(known * experts + known_expert) as usize];
+                let first_input = input + step * OWN * runs;
+                let mut factors = Array::<f32>::new(comptime!(OWN as usize));
+                #[unroll]
+                for i in 0..OWN {
+                    let known = min(first_input + i, end - 1);
+                    let factor = weight[(known * experts + known_expert) as usize];
+                    factors[comptime!(i as usize)] = select(first_input + i < end, factor, f32::new(0.0));
+                }
                 if comptime!(scaled) {
-                    factor *= gamma[known as usize];
+                    let gammas = neighbours(gamma, 0u32.runtime(), first_input, end, has_quads);
+                    #[unroll]
+                    for i in 0..comptime!(OWN as usize) {
+                        factors[i] *= gammas[i];
+                    }
                 }
                 #[unroll]
                 for n in 0..together {
-                    let value = x[(min(first + n, tokens - 1) * hidden + known) as usize];
-                    own[comptime!(n as usize)] += select(input + step * runs < end, value * factor, f32::new(0.0));
+                    let inputs = neighbours(x, min(first + n, tokens - 1) * hidden, first_input, end, has_quads);
+                    #[unroll]
+                    for i in 0..comptime!(OWN as usize) {
+                        own[comptime!(n as usize)] += inputs[i] * factors[i];
+                    }
                 }
             }
-            input += comptime!(ahead * runs);
+            input += comptime!(ahead * OWN * runs);
         }
         #[unroll]
         for n in 0..together {
@@ -227,6 +249,26 @@ fn score_kernel(
             sync_cube();
         }
     }
+}
+
+/// [`OWN`] numbers that stand from `first` on, after the first `at` ones; past `end`, numbers before it.
+#[cube]
+fn neighbours(x: &Array<f32>, at: u32, first: u32, end: u32, #[comptime] has_quads: bool) -> Array<f32> {
+    let mut found = Array::<f32>::new(comptime!(OWN as usize));
+    if comptime!(has_quads) {
+        let quads = x.to_slice().into_vectorized().with_vector_size::<Const<4>>();
+        let quad = quads[(at / 4 + min(first, end - OWN) / 4) as usize];
+        #[unroll]
+        for i in 0..comptime!(OWN as usize) {
+            found[i] = quad[i];
+        }
+    } else {
+        #[unroll]
+        for i in 0..OWN {
+            found[comptime!(i as usize)] = x[(at + min(first + i, end - 1)) as usize];
+        }
+    }
+    found
 }
 
 /// What a cube that chooses is compiled for.

@@ -3,7 +3,10 @@
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
 use cubecl::prelude::*;
 
-use super::buffer::{float_rows, integer_rows, words_of_bytes};
+use super::{
+    buffer::{begins_even, float_rows, integer_rows, words_of_bytes},
+    operands::Quad,
+};
 use crate::format::{CodeFormat, TernaryLayout, TernaryWeight};
 
 /// The arrays of a weight and their sizes.
@@ -83,8 +86,7 @@ pub(super) fn has_quads<R: CubeRuntime, F: FloatElement, I: IntElement, BT: Bool
     weight: &TernaryWeight<CubeBackend<R, F, I, BT>>,
 ) -> bool {
     let codes = integer_rows(weight.codes.clone());
-    let begins_even = codes.array.handle.offset_start.unwrap_or(0) % 16 == 0;
-    weight.layout.format == CodeFormat::T2 && codes.pitch.is_multiple_of(4) && begins_even
+    weight.layout.format == CodeFormat::T2 && codes.pitch.is_multiple_of(4) && begins_even(&codes.array)
 }
 
 #[cube]
@@ -106,7 +108,7 @@ impl Packed {
     }
 
     /// Four words of a row: see [`has_quads`].
-    pub(super) fn quad(&self, row: u32, quad: u32) -> Vector<u32, Const<4>> {
+    pub(super) fn quad(&self, row: u32, quad: u32) -> Quad {
         let quads = self.codes.to_slice().into_vectorized().with_vector_size::<Const<4>>();
         quads[(row * (self.code_pitch / 4) + quad) as usize]
     }
