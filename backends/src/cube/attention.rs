@@ -117,7 +117,9 @@ impl<R: CubeRuntime> Launch<R> {
         let (width, group, shares) = (self.width(), self.group(), shares(self.seen, self.tokens * self.heads));
         let Self { places, sinks, out, tokens, heads, head_dim, window, scale, seen, .. } = self;
         let client = out.client.clone();
-        let units = units_for(&client, (SHARERS as usize * seen.div_ceil(shares)).max(UNITS[0]), UNITS[1]);
+        // Small cubes where they are many: a GPU has room for one of the largest at a time, or three of the smallest.
+        let most = if shares > 1 { UNITS[0] } else { UNITS[1] };
+        let units = units_for(&client, (SHARERS as usize * seen).max(UNITS[0]), most);
         let parts = match shares {
             1 => out.clone(),
             _ => room(&out, [tokens * heads * shares, head_dim + 2], DType::F32),

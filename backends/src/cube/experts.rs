@@ -8,7 +8,7 @@ use super::{
     buffer::{begin, float_rows, floats, room},
     device::{Join, joined, nan},
     few_units,
-    linear::{is_tiled, products, rounded},
+    linear::{is_tiled, products},
     matrix_units,
     operands::{Matrices, Plan, Routes, TILE, Term},
     tokens::{Before, Tokens, quantize, quantize_and_route},
@@ -61,9 +61,7 @@ fn mixed<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     let (gate_up, down) = (&experts.gate_up, &experts.down);
     let bias = Some(float_rows(experts.gate_up_bias.clone()).holding(experts.experts(), gate_up.layout.rows));
     let hidden = products(x, Term { weight: gate_up, bias, residual: None }, routes(k.max(1)));
-    let gate = Before::Gate(experts.activation);
-    let rounded =
-        if plan.is_some() { quantize(hidden, gate, &down.layout) } else { rounded(hidden, gate, [down], true) };
+    let rounded = quantize(hidden, Before::Gate(experts.activation), &down.layout);
     assert_eq!(rounded.count, tokens * k, "the experts' matrices do not follow each other");
     let bias = Some(float_rows(experts.down_bias.clone()).holding(experts.experts(), down.layout.rows));
     let outputs = products(&rounded, Term { weight: down, bias, residual: None }, routes(1));

@@ -30,7 +30,7 @@ pub(super) fn few(
     out: &mut Array<f32>,
     #[comptime] stage: Stage,
 ) {
-    block_of_few(x, tokens, weight, addends, out, CUBE_POS_X, &mut staged(stage), stage);
+    block_of_few(x, tokens, 0.0, weight, addends, out, CUBE_POS_X, &mut staged(stage), stage, stage.rounds);
 }
 
 /// [`few`] of three matrices, one after the other.
@@ -52,27 +52,46 @@ pub(super) fn few_of_three(
     #[comptime] stage: Stage,
 ) {
     let mut staged = staged(stage);
+    // Here, and not in three places.
+    let mut scale = f32::new(0.0);
+    if comptime!(stage.rounds) {
+        scale = round_token(tokens, CUBE_POS_Y, &mut staged);
+    }
     if CUBE_POS_X < first_blocks {
-        block_of_few(x, tokens, first, to_first, first_out, CUBE_POS_X, &mut staged, stage);
+        block_of_few(x, tokens, scale, first, to_first, first_out, CUBE_POS_X, &mut staged, stage, false);
     } else if CUBE_POS_X < first_blocks + second_blocks {
-        block_of_few(x, tokens, second, to_second, second_out, CUBE_POS_X - first_blocks, &mut staged, stage);
+        block_of_few(
+            x,
+            tokens,
+            scale,
+            second,
+            to_second,
+            second_out,
+            CUBE_POS_X - first_blocks,
+            &mut staged,
+            stage,
+            false,
+        );
     } else {
         let block = CUBE_POS_X - first_blocks - second_blocks;
-        block_of_few(x, tokens, third, to_third, third_out, block, &mut staged, stage);
+        block_of_few(x, tokens, scale, third, to_third, third_out, block, &mut staged, stage, false);
     }
 }
 
-/// The planes of a cube share the depth.
+/// The planes of a cube share the depth. The cube rounds its token if that `is_due`; else it is there already, with this scale, or
+/// comes rounded.
 #[cube]
 fn block_of_few(
     x: &Operands,
     tokens: &Unrounded,
+    scale: f32,
     weight: &Packed,
     addends: &Addends,
     out: &mut Array<f32>,
     block: u32,
     staged: &mut Staged,
     #[comptime] stage: Stage,
+    #[comptime] is_due: bool,
 ) {
     let (line, quarter, plane) = (UNIT_POS % PLANE / 4, UNIT_POS % 4, UNIT_POS / PLANE);
     let first_row = block * FEW_ROWS;
@@ -100,10 +119,10 @@ fn block_of_few(
     // Fetched before anything is waited for.
     let mut rows = Fetched::new(stage);
     rows.fetch(weight, weight.row(matrix, 0, 0), first_row, stage);
-    let mut own_scale = f32::new(0.0);
-    if comptime!(stage.rounds) {
-        own_scale = round_token(tokens, x.input_of(first), staged);
-    } else {
+    let mut token_scale = scale;
+    if comptime!(is_due) {
+        token_scale = round_token(tokens, x.input_of(first), staged);
+    } else if comptime!(!stage.rounds) {
         let levels = fetch_tokens(x, first, width, stage);
         put_tokens(&levels, staged, width, stage);
     }
@@ -111,13 +130,12 @@ fn block_of_few(
     let (own_row, own_choice) = (first_row + line + plane / 2 * 8, 2 * quarter + plane % 2);
     let is_own = plane < 4 && own_row < weight.rows && own_choice < width;
     let choice = x.choice_at(first + min(own_choice, width - 1));
-    let (mut added, mut scale) = (f32::new(0.0), f32::new(0.0));
+    let mut added = f32::new(0.0);
     let mut row_scales = Array::<f32>::new(comptime!(weight.shape.planes as usize));
     if is_own {
         added = addends.sum(matrix, choice, own_row, weight.rows);
-        scale = own_scale;
         if comptime!(!stage.rounds) {
-            scale = x.scale(x.input_of(choice));
+            token_scale = x.scale(x.input_of(choice));
         }
         #[unroll]
         for weight_plane in 0..weight.shape.planes {
@@ -162,7 +180,7 @@ fn block_of_few(
             for other in 0..comptime!(UNITS / PLANE) {
                 total += staged.parts[(plane * UNITS + other * PLANE + UNIT_POS % PLANE) as usize];
             }
-            y += f32::cast_from(total) * (row_scales[comptime!(weight_plane as usize)] * scale);
+            y += f32::cast_from(total) * (row_scales[comptime!(weight_plane as usize)] * token_scale);
         }
         sync_cube();
     }

@@ -101,7 +101,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> TernaryBac
     }
 
     fn linear_onto(residual: Tensor<Self, 2>, x: Tensor<Self, 2>, linear: &BiasedWeight<Self>) -> Tensor<Self, 2> {
-        let tokens = rounded(floats(x), Before::Nothing, [&linear.weight], false);
+        let tokens = rounded(floats(x), Before::Nothing, [&linear.weight]);
         let term = Term { residual: Some(floats(residual)), ..term(linear) };
         tensor(products(&tokens, term, Matrices::One(0)))
     }
@@ -239,7 +239,7 @@ fn linears_of<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement>(
     // What rounded tokens depend on.
     let key = |linear: &BiasedWeight<_>| (linear.weight.layout.packed_inputs(), linear.weight.layout.rotation);
     let alike = linears.chunk_by(|a, b| key(a) == key(b)).flat_map(|alike| {
-        let tokens = rounded(x.clone(), before(), alike.iter().map(|linear| &linear.weight), false);
+        let tokens = rounded(x.clone(), before(), alike.iter().map(|linear| &linear.weight));
         match alike {
             [a, b, c] => three_products(&tokens, [a, b, c].map(term)).to_vec(),
             _ => alike.iter().map(|linear| products(&tokens, term(linear), Matrices::One(0))).collect(),
