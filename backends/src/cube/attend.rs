@@ -15,9 +15,9 @@ const COMPARED: u32 = 16;
 /// Values that a unit fetches together.
 const AHEAD: u32 = 16;
 
-/// A cube computes one query head for one token, or of several `shares` of the keys one: the softmax runs over as many keys at a
-/// time as there are units for. In a `step`, the query and the token's own key are yet to be rotated, and one cube of each key head puts key and value where the
-/// next tokens find them.
+/// A cube computes one query head for one token, or one of several `shares` of its keys: the softmax runs over as many keys at a
+/// time as there are units for. In a `step`, the query and the token's own key are yet to be rotated, and one cube of each key
+/// head puts key and value where the next tokens find them.
 #[cube(launch_unchecked)]
 pub(super) fn attend(
     q: &Array<f32>,

@@ -164,7 +164,7 @@ pub(super) fn read<R: CubeRuntime>(tensors: [CubeTensor<R>; 2]) -> [Bytes; 2] {
         receive.try_recv().ok()
     });
     let read = soon.or_else(|| receive.recv().ok()).expect("a device that answers");
-    read.expect("what the device has computed").try_into().ok().expect("as many as asked for")
+    read.expect("what the device has computed").try_into().expect("as many as asked for")
 }
 
 /// How often [`read`] looks for an answer before it sleeps: some 10 milliseconds.

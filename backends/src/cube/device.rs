@@ -50,13 +50,13 @@ pub(super) fn joined_by_planes<N: Numeric>(
     if comptime!(plane == 1 || planes > plane || planes * plane != units) {
         joined(value, shared, units, join)
     } else {
-        let value = of_plane::<N>(value, join);
-        if UNIT_POS % plane == 0 {
+        let (value, lane) = (of_plane::<N>(value, join), UNIT_POS % plane);
+        if lane == 0 {
             shared[(UNIT_POS / plane) as usize] = value;
         }
         sync_cube();
         // Nothing is a number that changes neither a sum nor the largest of those that are not negative.
-        let other = select(UNIT_POS % plane < planes, shared[(UNIT_POS % planes) as usize], N::from_int(0));
+        let other = select(lane < planes, shared[(UNIT_POS % planes) as usize], N::from_int(0));
         let one = of_plane::<N>(other, join);
         sync_cube();
         one

@@ -189,9 +189,9 @@ fn block_of_few(
     }
 }
 
-/// Adds the products of a step's [`STEP`] words of the inputs, of one group, to a plane's totals: of rows number `line` and eight further of
-/// the block, and of a token. A unit takes four neighbouring words, whichever these are: both sides of a product have them in the
-/// same order.
+/// Adds the products of a step's [`STEP`] words of the inputs, of one group, to a plane's totals: of row number `line` of the block,
+/// of the eighth after it, and of a token. A unit takes four neighbouring words, and so do both sides of a product: what order they
+/// have does not matter.
 #[cube]
 fn add_staged(
     weight: &Packed,
