@@ -173,7 +173,7 @@ fn choose<B: TernaryBackend>(logits: Tensor<B, 2>, choices: &mut [Choice<'_>]) -
     let counts: Option<Vec<usize>> = choices.iter().map(decided_by).collect();
     let most = counts.as_ref().and_then(|counts| counts.iter().max().copied());
     if let (Some(counts), Some((tokens, numbers))) = (counts, most.and_then(|k| largest(logits.clone(), k))) {
-        let k = tokens.len() / choices.len().max(1);
+        let k = tokens.len() / choices.len();
         let rows = tokens.chunks(k).zip(numbers.chunks(k)).zip(counts);
         return choices
             .iter_mut()

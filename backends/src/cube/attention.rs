@@ -117,7 +117,7 @@ impl<R: CubeRuntime> Launch<R> {
         let (width, group, shares) = (self.width(), self.group(), shares(self.seen, self.tokens * self.heads));
         let Self { places, sinks, out, tokens, heads, head_dim, window, scale, seen, .. } = self;
         let client = out.client.clone();
-        // Small cubes where they are many: a GPU has room for one of the largest at a time, or three of the smallest.
+        // Small cubes where they are many: one of a GPU's processors has room for one of the largest, or for three of the smallest.
         let most = if shares > 1 { UNITS[0] } else { UNITS[1] };
         let units = units_for(&client, (SHARERS as usize * seen).max(UNITS[0]), most);
         let parts = match shares {

@@ -11,7 +11,8 @@ use super::{
     linear::{is_tiled, products},
     matrix_units,
     operands::{Matrices, Plan, Routes, TILE, Term},
-    tokens::{Before, Tokens, quantize, quantize_and_route},
+    rounding::Before,
+    tokens::{Tokens, quantize, quantize_and_route},
 };
 use crate::ops::{ExpertLayer, TernaryExperts};
 

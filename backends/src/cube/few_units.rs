@@ -60,18 +60,8 @@ pub(super) fn few_of_three(
     if CUBE_POS_X < first_blocks {
         block_of_few(x, tokens, scale, first, to_first, first_out, CUBE_POS_X, &mut staged, stage, false);
     } else if CUBE_POS_X < first_blocks + second_blocks {
-        block_of_few(
-            x,
-            tokens,
-            scale,
-            second,
-            to_second,
-            second_out,
-            CUBE_POS_X - first_blocks,
-            &mut staged,
-            stage,
-            false,
-        );
+        let block = CUBE_POS_X - first_blocks;
+        block_of_few(x, tokens, scale, second, to_second, second_out, block, &mut staged, stage, false);
     } else {
         let block = CUBE_POS_X - first_blocks - second_blocks;
         block_of_few(x, tokens, scale, third, to_third, third_out, block, &mut staged, stage, false);

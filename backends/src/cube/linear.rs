@@ -10,7 +10,8 @@ use super::{
     few_stage::Stage,
     few_units, matrix_units,
     operands::{Addends, Matrices, Operands, Routes, TILE, Term},
-    tokens::{Before, Tokens, quantize},
+    rounding::Before,
+    tokens::{Tokens, quantize},
     weight::{Packed, digit, dot, level},
 };
 use crate::format::TernaryWeight;

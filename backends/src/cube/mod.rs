@@ -53,7 +53,8 @@ use crate::{
 use buffer::{float_rows, floats, integers, read, tensor};
 use linear::{products, rounded, three_products};
 use operands::{Matrices, Term};
-use tokens::{Before, quantize};
+use rounding::Before;
+use tokens::quantize;
 
 /// Vulkan, Metal, DirectX 12 or WebGPU.
 #[cfg(feature = "wgpu")]

@@ -14,6 +14,12 @@ use crate::format::{TernaryLayout, TernaryWeight};
 /// Four neighbouring words, which a unit reads at once: by CUDA, and unchecked.
 pub(super) type Quad = Vector<u32, Const<4>>;
 
+/// The words of an array, four at a time: one that [begins](super::buffer::begins_even) where they can be read.
+#[cube]
+pub(super) fn quads(words: &Array<u32>) -> Slice<Quad, ReadOnly> {
+    words.to_slice().into_vectorized().with_vector_size::<Const<4>>()
+}
+
 /// Choices of a tile, where there are many.
 pub(super) const TILE: u32 = 64;
 
@@ -141,7 +147,7 @@ impl Operands {
 
     /// Four words of the tokens.
     pub(super) fn level_quad(&self, quad: u32) -> Quad {
-        self.levels.to_slice().into_vectorized().with_vector_size::<Const<4>>()[quad as usize]
+        quads(&self.levels)[quad as usize]
     }
 
     /// What the levels of a token are multiplied with.

@@ -5,9 +5,12 @@ use cubecl::prelude::*;
 
 use super::{
     device::{Join, factor_of, is_finite, is_nan, joined_by_planes, nan, plane_of, round, signs},
-    tokens::{Before, level_words},
+    tokens::level_words,
 };
-use crate::format::{Rotation, TernaryLayout};
+use crate::{
+    format::{Rotation, TernaryLayout},
+    ops::ClampedSwiGlu,
+};
 
 /// Numbers that a unit looks after: eight units rotate a block.
 pub(super) const OWN: u32 = 8;
@@ -17,6 +20,55 @@ pub(super) const SPREAD: u32 = OWN + 1;
 /// Numbers of shared memory in which so many units rotate theirs.
 pub(super) const fn spread_room(units: u32) -> u32 {
     SPREAD * units
+}
+
+/// Tokens that are not rounded yet.
+#[derive(Clone)]
+pub(super) struct Fresh<R: CubeRuntime> {
+    pub(super) x: CubeTensor<R>,
+    pub(super) before: Before<R>,
+    pub(super) layout: TernaryLayout,
+}
+
+/// What is done to a token before it is rounded.
+#[derive(Clone)]
+pub(super) enum Before<R: CubeRuntime> {
+    /// Nothing.
+    Nothing,
+    /// The norm of [`rms_norm`](crate::rms_norm): its `gamma`, its epsilon.
+    Norm(CubeTensor<R>, f32),
+    /// The gate of the experts, on twice as many numbers.
+    Gate(ClampedSwiGlu),
+}
+
+impl<R: CubeRuntime> Before<R> {
+    /// Numbers of `x` for each that is rounded.
+    pub(super) const fn numbers(&self) -> usize {
+        if matches!(self, Self::Gate(_)) { 2 } else { 1 }
+    }
+}
+
+impl<R: CubeRuntime> Fresh<R> {
+    /// The kernels' view of them, for cubes of so many units.
+    ///
+    /// # Panics
+    /// If a norm is of fewer inputs: kernels do not check.
+    pub(super) fn launch(self, units: u32) -> UnroundedLaunch<R> {
+        let Self { x, before, layout } = self;
+        let (kind, gamma, numbers) = match before {
+            Before::Nothing => (Kind::Plain, x.clone(), [0.0; 2]),
+            Before::Norm(gamma, epsilon) => (Kind::Normed, gamma, [epsilon, 0.0]),
+            Before::Gate(gate) => (Kind::Gated, x.clone(), [gate.alpha, gate.limit]),
+        };
+        assert!(gamma.meta.num_elements() >= layout.in_features, "a norm of other inputs");
+        let seed = layout.rotation.map_or(0, |rotation| rotation.seed);
+        let width = layout.rotation.map(|_| Rotation::width(layout.in_features) as u32);
+        let plane = plane_of(&x.client);
+        let (x, gamma, words) = (x.into_array_arg(), gamma.into_array_arg(), level_words(&layout) as u32);
+        let (low, high) = (seed as u32, (seed >> 32) as u32);
+        let rounding = RoundingLaunch::new(layout.in_features as u32, low, high, words, units, kind, plane, width);
+        UnroundedLaunch::new(x, gamma, numbers[0], numbers[1], rounding)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -35,33 +87,6 @@ pub(super) struct Unrounded {
     first: f32,
     second: f32,
     pub(super) rounding: Rounding,
-}
-
-impl Unrounded {
-    /// The kernels' view of tokens, whose numbers are checked for what a norm takes: kernels do not check.
-    ///
-    /// # Panics
-    /// If a norm is of other inputs.
-    pub(super) fn launch<R: CubeRuntime>(
-        x: CubeTensor<R>,
-        before: Before<R>,
-        layout: &TernaryLayout,
-        units: u32,
-    ) -> UnroundedLaunch<R> {
-        let (kind, gamma, numbers) = match before {
-            Before::Nothing => (Kind::Plain, x.clone(), [0.0; 2]),
-            Before::Norm(gamma, epsilon) => (Kind::Normed, gamma, [epsilon, 0.0]),
-            Before::Gate(gate) => (Kind::Gated, x.clone(), [gate.alpha, gate.limit]),
-        };
-        assert!(gamma.meta.num_elements() >= layout.in_features, "a norm of other inputs");
-        let seed = layout.rotation.map_or(0, |rotation| rotation.seed);
-        let width = layout.rotation.map(|_| Rotation::width(layout.in_features) as u32);
-        let plane = plane_of(&x.client);
-        let (x, gamma, words) = (x.into_array_arg(), gamma.into_array_arg(), level_words(layout) as u32);
-        let (low, high) = (seed as u32, (seed >> 32) as u32);
-        let rounding = RoundingLaunch::new(layout.in_features as u32, low, high, words, units, kind, plane, width);
-        UnroundedLaunch::new(x, gamma, numbers[0], numbers[1], rounding)
-    }
 }
 
 impl Unrounded {

@@ -214,6 +214,7 @@ fn score_kernel(
                 for i in 0..OWN {
                     let known = min(first_input + i, end - 1);
                     let factor = weight[(known * experts + known_expert) as usize];
+                    // Past the end it is nothing, whatever number it meets.
                     factors[comptime!(i as usize)] = select(first_input + i < end, factor, f32::new(0.0));
                 }
                 if comptime!(scaled) {

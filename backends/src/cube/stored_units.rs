@@ -15,7 +15,7 @@ use half::bf16;
 use super::{
     buffer::{begins_even, integer_rows, room},
     device::{is_finite, is_nan, multiplies},
-    operands::Quad,
+    operands::{Quad, quads},
 };
 use crate::ops::{StoredFloat, StoredMatrix};
 
@@ -154,7 +154,7 @@ fn products(
     let (lane, line, quarter) = (UNIT_POS % PLANE, UNIT_POS % PLANE / 4, UNIT_POS % 4);
     let first_row = (CUBE_POS_X * PLANES + UNIT_POS / PLANE) * comptime!(TILES * SHAPE[0]) + line;
     let first_side = CUBE_POS_Y * sides;
-    let parts = parts.to_slice().into_vectorized().with_vector_size::<Const<4>>();
+    let parts = quads(parts);
     let mut sources = Array::<u32>::new(comptime!((2 * TILES) as usize));
     #[unroll]
     for n in 0..2 * TILES {
@@ -214,7 +214,7 @@ fn products(
 /// Brings four of a unit's words of each of its rows, of step `step`. What is past the end of a row is zero.
 #[cube]
 fn bring(words: &Array<u32>, sources: &Array<u32>, quarter: u32, step: u32, row_words: u32, weights: &mut Array<Quad>) {
-    let words = words.to_slice().into_vectorized().with_vector_size::<Const<4>>();
+    let words = quads(words);
     let is_there = 4 * (step * comptime!(STEP / 4) + quarter) < row_words;
     #[unroll]
     for n in 0..2 * TILES {

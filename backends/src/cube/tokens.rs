@@ -12,13 +12,10 @@ use super::{
     buffer::room,
     device::units_for,
     matrix_units,
-    rounding::{OWN, SPREAD, Unrounded, UnroundedLaunch, own_words, spread_room},
+    rounding::{Before, Fresh, OWN, SPREAD, Unrounded, UnroundedLaunch, own_words, spread_room},
     routing::{Choice, Scores, choose, scores},
 };
-use crate::{
-    format::{BLOCK, TernaryLayout},
-    ops::ClampedSwiGlu,
-};
+use crate::format::{BLOCK, TernaryLayout};
 
 /// Units of a cube at most: the numbers of all fit the shared memory of every device.
 const MOST_UNITS: usize = 512;
@@ -34,25 +31,6 @@ pub(super) struct Tokens<R: CubeRuntime> {
     pub(super) words: usize,
     /// Where the products round them themselves, what they round: levels and scales are not there then.
     pub(super) unrounded: Option<Fresh<R>>,
-}
-
-/// Tokens that are not rounded yet.
-#[derive(Clone)]
-pub(super) struct Fresh<R: CubeRuntime> {
-    x: CubeTensor<R>,
-    before: Before<R>,
-    layout: TernaryLayout,
-}
-
-/// What is done to a token before it is rounded.
-#[derive(Clone)]
-pub(super) enum Before<R: CubeRuntime> {
-    /// Nothing.
-    Nothing,
-    /// The norm of [`rms_norm`](crate::rms_norm): its `gamma`, its epsilon.
-    Norm(CubeTensor<R>, f32),
-    /// The gate of the experts, on twice as many numbers.
-    Gate(ClampedSwiGlu),
 }
 
 /// Words of shared memory that [`quantize_and_route`] takes, experts apart: numbers that are rotated, and a sum and a maximum for
@@ -121,21 +99,6 @@ pub(super) fn quantize_and_route<R: CubeRuntime>(
         }
     }
     (tokens, choice)
-}
-
-impl<R: CubeRuntime> Before<R> {
-    /// Numbers of `x` for each that is rounded.
-    const fn numbers(&self) -> usize {
-        if matches!(self, Self::Gate(_)) { 2 } else { 1 }
-    }
-}
-
-impl<R: CubeRuntime> Fresh<R> {
-    /// The kernels' view of them, for cubes of so many units.
-    pub(super) fn launch(self, units: u32) -> UnroundedLaunch<R> {
-        let Self { x, before, layout } = self;
-        Unrounded::launch(x, before, &layout, units)
-    }
 }
 
 impl<R: CubeRuntime> Tokens<R> {

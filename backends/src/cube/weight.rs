@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 
 use super::{
     buffer::{begins_even, float_rows, integer_rows, words_of_bytes},
-    operands::Quad,
+    operands::{Quad, quads},
 };
 use crate::format::{CodeFormat, TernaryLayout, TernaryWeight};
 
@@ -109,8 +109,7 @@ impl Packed {
 
     /// Four words of a row: see [`has_quads`].
     pub(super) fn quad(&self, row: u32, quad: u32) -> Quad {
-        let quads = self.codes.to_slice().into_vectorized().with_vector_size::<Const<4>>();
-        quads[(row * (self.code_pitch / 4) + quad) as usize]
+        quads(&self.codes)[(row * (self.code_pitch / 4) + quad) as usize]
     }
 
     /// Where the activations of the codes of [`digit`] `digit` of a word lie, in words of four.
