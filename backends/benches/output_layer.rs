@@ -4,7 +4,7 @@
 //! taskset -c 0 cargo bench -p ternoss-backends --bench output_layer
 //! ```
 //!
-//! `screened` is what a token takes: the bounds of all rows, and the exact products of 256 of them.
+//! `screened` is what a token takes: the bounds of all rows, closer ones of 6,000, and the exact products of 256 of them.
 
 use std::{hint::black_box, time::Instant};
 
@@ -13,7 +13,7 @@ use ternoss_backends::{
     StoredFloat,
     cpu::{
         Kernels,
-        bounds::bounds,
+        bounds::{bounds, closer_bounds},
         screen::{DEVIATIONS, Screen},
         stored::{StoredRows, stored_linear, stored_linear_at},
     },
@@ -21,6 +21,7 @@ use ternoss_backends::{
 
 const ROWS: usize = 201_088;
 const COLUMNS: usize = 2880;
+const CLOSER: usize = 6_000;
 const EXACT: usize = 256;
 
 /// Numbers without a pattern, the same every time (Marsaglia's xorshift).
@@ -49,6 +50,8 @@ fn output_layer(c: &mut Criterion) {
     }
     rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("the first use of the pool");
     let screen = Screen::new(kernels, &matrix, &mut || {});
+    // Far from each other, in order.
+    let closer: Vec<u32> = (0..CLOSER).map(|n| (n * ROWS / CLOSER) as u32).collect();
     let rows: Vec<Option<usize>> = (0..EXACT).map(|n| Some(n * 7919 % ROWS)).collect();
     let mut group = c.benchmark_group("output_layer");
     group.sample_size(10);
@@ -63,6 +66,9 @@ fn output_layer(c: &mut Criterion) {
         group.bench_function(format!("screened/batch-{batch}"), |bench| {
             bench.iter(|| {
                 bounds(kernels, &screen, black_box(&x), batch, DEVIATIONS, black_box(&mut out))?;
+                for x in x.chunks(COLUMNS) {
+                    closer_bounds(kernels, &screen, x, &closer, DEVIATIONS, black_box(&mut out[..CLOSER]))?;
+                }
                 stored_linear_at(kernels, &matrix, black_box(&x), batch, &rows, black_box(&mut exact))
             });
         });

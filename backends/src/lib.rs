@@ -62,10 +62,10 @@ pub use format::{BLOCK, CodeFormat, FormatError, Rotation, TernaryLayout, Ternar
 pub use mapped::{MappedError, MappedFile};
 pub use ops::{
     AttentionSpec, BiasedWeight, ClampedSwiGlu, ExpertLayer, KvFormat, LayerCache, ScoreView, Screen, StoredFloat,
-    StoredMatrix, TernaryBackend, TernaryExperts, cached_attention, clamped_swiglu, expert_layer, largest, linear_onto,
-    norm_linears, rms_norm, round_activations, route, screen, screen_bounds, sink_attention, stored_linear,
-    stored_linear_at, stored_rows, ternary_experts, ternary_linear, ternary_linears, ternary_rows, time_in_operations,
-    tuned_linear,
+    StoredMatrix, TernaryBackend, TernaryExperts, cached_attention, clamped_swiglu, closer_bounds, expert_layer,
+    largest, linear_onto, norm_linears, rms_norm, round_activations, route, screen, screen_bounds, sink_attention,
+    stored_linear, stored_linear_at, stored_rows, ternary_experts, ternary_linear, ternary_linears, ternary_rows,
+    time_in_operations, tuned_linear,
 };
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 pub use register::switch_kernels_off;

@@ -1,8 +1,9 @@
 //! Finding the logits that decide the next token, without computing the others.
 //!
 //! Every logit has an upper bound that is cheap. The logits with the highest bounds are computed first, in batches that
-//! double; what was found gives a threshold below which no logit can matter, and the search ends when all bounds that are left
-//! are below it. What is found is exact, so the choice is that of the full computation, unless a bound is wrong.
+//! double; what was found gives a threshold below which no logit can matter. Those that may matter after the first batch get
+//! closer bounds, and the search ends when all bounds that are left are below the threshold. What is found is exact, so the
+//! choice is that of the full computation, unless a bound is wrong.
 //!
 //! ```
 //! use ternoss_model::{sampling::{Sampler, SamplingConfig}, screening::LazyLogits};
@@ -41,6 +42,11 @@ pub trait LazyLogits {
     /// What each logit is at most; infinite where nothing is known, never NaN.
     fn bounds(&self) -> &[f32];
 
+    /// Closer bounds of these tokens' logits, where there are any, at a cost far below that of the logits.
+    fn closer_bounds(&self, tokens: &[u32]) -> Vec<f32> {
+        tokens.iter().map(|token| self.bounds()[*token as usize]).collect()
+    }
+
     /// The logits of these tokens, with the bits that they have in [`all`](Self::all).
     fn exact(&self, tokens: &[u32]) -> Vec<f32>;
 
@@ -48,7 +54,7 @@ pub trait LazyLogits {
     fn all(&self) -> Vec<f32>;
 }
 
-/// A token and its logit.
+/// A token and its logit, or the bound of it.
 pub(crate) type Candidate = (u32, f32);
 
 /// Which logits a choice needs to know.
@@ -92,7 +98,8 @@ pub(crate) fn candidates(
     };
     batch.extend(highest(bounds, first).into_iter().filter(|token| !known.contains(token)));
     let mut found: Vec<Candidate> = Vec::new();
-    let mut rest: Option<Vec<u32>> = None;
+    // Tokens that were not found yet and may matter, with the bounds of their logits.
+    let mut rest: Option<Vec<Candidate>> = None;
     loop {
         if (found.len() + batch.len()) * TOO_MANY > vocabulary {
             return None;
@@ -106,17 +113,21 @@ pub(crate) fn candidates(
         }
         found.sort_unstable_by(descending);
         let threshold = threshold(need, &found);
+        let is_known = |left: &mut Vec<Candidate>| {
+            left.retain(|(_, bound)| *bound >= threshold);
+            left.is_empty() || nucleus_is_known(need, &found, left)
+        };
+        let is_first = rest.is_none();
         let left = rest.get_or_insert_with(|| unseen(bounds, &found, threshold));
-        left.retain(|token| bounds[*token as usize] >= threshold);
-        if left.is_empty() || nucleus_is_known(need, &found, left, bounds) {
+        if is_known(left) || is_first && is_known(take_closer(logits, left)) {
             found.sort_unstable_by_key(|(token, _)| *token);
             return Some(found);
         }
         let next = found.len().min(left.len());
         if next < left.len() {
-            left.select_nth_unstable_by(next, |a, b| bounds[*b as usize].total_cmp(&bounds[*a as usize]));
+            left.select_nth_unstable_by(next, |a, b| b.1.total_cmp(&a.1));
         }
-        batch = left.drain(..next).collect();
+        batch = left.drain(..next).map(|(token, _)| token).collect();
     }
 }
 
@@ -158,26 +169,32 @@ fn threshold(need: Need, found: &[Candidate]) -> f32 {
     }
 }
 
-/// Tokens that were not found yet and whose bound reaches the threshold.
-fn unseen(bounds: &[f32], found: &[Candidate], threshold: f32) -> Vec<u32> {
+/// Tokens that were not found yet and whose bound reaches the threshold, with it.
+fn unseen(bounds: &[f32], found: &[Candidate], threshold: f32) -> Vec<Candidate> {
     let mut seen = vec![false; bounds.len()];
     found.iter().for_each(|(token, _)| seen[*token as usize] = true);
-    let tokens = (0u32..).zip(bounds).zip(seen);
-    tokens.filter(|((_, bound), seen)| **bound >= threshold && !seen).map(|((token, _), _)| token).collect()
+    let tokens = (0u32..).zip(bounds.iter().copied()).zip(seen);
+    tokens.filter(|((_, bound), seen)| *bound >= threshold && !seen).map(|(candidate, _)| candidate).collect()
+}
+
+/// Closer bounds in the place of those that are there.
+fn take_closer<'a>(logits: &impl LazyLogits, left: &'a mut Vec<Candidate>) -> &'a mut Vec<Candidate> {
+    let tokens: Vec<u32> = left.iter().map(|(token, _)| *token).collect();
+    left.iter_mut().zip(logits.closer_bounds(&tokens)).for_each(|((_, bound), closer)| *bound = closer);
+    left
 }
 
 /// Whether the nucleus is known to be the first few of `found`, in order of falling logit: where its share is reached does
 /// not depend on what is left, whose logits are below their bounds and whose sum is above zero.
-fn nucleus_is_known(need: Need, found: &[Candidate], left: &[u32], bounds: &[f32]) -> bool {
+fn nucleus_is_known(need: Need, found: &[Candidate], left: &[Candidate]) -> bool {
     let (Need::Nucleus { share, temperature }, Some((_, best))) = (need, found.first()) else {
         return false;
     };
     let weight = |logit: f32| ((f64::from(logit) - f64::from(*best)) / temperature).exp();
     let weights = || found.iter().map(|(_, logit)| weight(*logit));
     let (mut highest, mut rest) = (f32::NEG_INFINITY, 0.0);
-    for token in left {
-        let bound = bounds[*token as usize];
-        (highest, rest) = (highest.max(bound), rest + weight(bound));
+    for (_, bound) in left {
+        (highest, rest) = (highest.max(*bound), rest + weight(*bound));
     }
     let known: f64 = weights().sum();
     let (least, most) = (share * known * (1.0 - ROUNDING), share * (known + rest) * (1.0 + ROUNDING));
@@ -205,11 +222,16 @@ mod tests {
     struct Known {
         logits: Vec<f32>,
         bounds: Vec<f32>,
+        closer: Vec<f32>,
     }
 
     impl LazyLogits for Known {
         fn bounds(&self) -> &[f32] {
             &self.bounds
+        }
+
+        fn closer_bounds(&self, tokens: &[u32]) -> Vec<f32> {
+            tokens.iter().map(|token| self.closer[*token as usize]).collect()
         }
 
         fn exact(&self, tokens: &[u32]) -> Vec<f32> {
@@ -259,19 +281,21 @@ mod tests {
 
         #[test]
         fn a_screened_choice_is_the_choice_from_all_logits(
-            logits in prop::collection::vec((any_logit(), 0f32..4.0), 1..600),
+            logits in prop::collection::vec((any_logit(), 0f32..4.0, 0f32..4.0), 1..600),
             broken in prop::option::weighted(0.1, (any::<prop::sample::Index>(), prop::sample::select(vec![f32::NAN, f32::INFINITY]))),
             loose in prop::collection::vec(any::<prop::sample::Index>(), 0..4),
             history in prop::collection::vec(0u32..700, 0..40),
             config in any_config(),
         ) {
-            let mut bounds: Vec<f32> = logits.iter().map(|(logit, room)| logit + room).collect();
-            let mut logits: Vec<f32> = logits.into_iter().map(|(logit, _)| logit).collect();
+            let mut bounds: Vec<f32> = logits.iter().map(|(logit, room, _)| logit + room).collect();
+            let mut closer: Vec<f32> = logits.iter().map(|(logit, _, room)| logit + room).collect();
+            let mut logits: Vec<f32> = logits.into_iter().map(|(logit, ..)| logit).collect();
             loose.iter().for_each(|at| *at.get_mut(&mut bounds) = f32::INFINITY);
             if let Some((at, value)) = broken {
                 (*at.get_mut(&mut logits), *at.get_mut(&mut bounds)) = (value, f32::INFINITY);
+                *at.get_mut(&mut closer) = f32::INFINITY;
             }
-            let [full, screened] = draws(config, &Known { logits, bounds }, &history);
+            let [full, screened] = draws(config, &Known { logits, bounds, closer }, &history);
             prop_assert_eq!(full, screened);
         }
     }
@@ -280,7 +304,8 @@ mod tests {
     fn few_logits_are_computed_where_bounds_are_tight() {
         let logits: Vec<f32> =
             (0..10_000u32).map(|token| (token.wrapping_mul(2_654_435_761) >> 16) as f32 / 4e3).collect();
-        let known = Known { bounds: logits.iter().map(|logit| logit + 0.1).collect(), logits };
+        let above = |room: f32| logits.iter().map(|logit| logit + room).collect::<Vec<f32>>();
+        let known = Known { bounds: above(1.0), closer: above(0.1), logits };
         for (config, most) in [
             (SamplingConfig::greedy(), 150),
             (SamplingConfig { top_k: Some(20), ..Default::default() }, 200),

@@ -27,8 +27,8 @@ use burn::{
     tensor::{Int, Tensor, TensorData, backend::Backend},
 };
 use ternoss_backends::{
-    Screen, StoredFloat, StoredMatrix, TernaryBackend, screen, screen_bounds, stored_linear, stored_linear_at,
-    stored_rows, ternary_linear, ternary_rows,
+    Screen, StoredFloat, StoredMatrix, TernaryBackend, closer_bounds, screen, screen_bounds, stored_linear,
+    stored_linear_at, stored_rows, ternary_linear, ternary_rows,
 };
 use ternoss_quant::TernaryTensor;
 
@@ -69,8 +69,8 @@ pub struct StoredTable<B: Backend> {
     pager: Option<Arc<Pager>>,
 }
 
-/// Whether the next token is looked for with a compact copy of the output layer, a quarter of its bytes, that tells which
-/// logits need to be computed ([`ternoss_backends::screen()`]). The chosen tokens are the same.
+/// Whether the next token is looked for with a compact copy of the output layer, less than a quarter of its bytes, that tells
+/// which logits need to be computed ([`ternoss_backends::screen()`]). The chosen tokens are the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Screening {
     /// Where the table is large and the backend can.
@@ -173,7 +173,7 @@ impl<B: TernaryBackend> Table<B> {
         matches!(self, Self::Stored(table) if table.screen().is_some())
     }
 
-    /// Bytes of the compact copy, if there is to be one.
+    /// Bytes of the compact copy that a token reads, if there is to be one.
     pub(crate) fn screen_bytes(&self) -> Option<usize> {
         match self {
             Self::Stored(table) => table.screen().map(Screen::bytes),
@@ -209,6 +209,14 @@ pub struct ScreenedLogits<B: Backend> {
 impl<B: TernaryBackend> LazyLogits for ScreenedLogits<B> {
     fn bounds(&self) -> &[f32] {
         &self.bounds
+    }
+
+    fn closer_bounds(&self, tokens: &[u32]) -> Vec<f32> {
+        let mut bounds = tokens.iter().map(|token| self.bounds[*token as usize]).collect::<Vec<f32>>();
+        if let Some(screen) = self.table.screen() {
+            closer_bounds(self.x.clone(), screen, tokens, &mut bounds);
+        }
+        bounds
     }
 
     fn exact(&self, tokens: &[u32]) -> Vec<f32> {

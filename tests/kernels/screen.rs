@@ -3,10 +3,10 @@ use burn_flex::Flex;
 use burn_ndarray::NdArray;
 use proptest::prelude::*;
 use ternoss::backends::{
-    StoredFloat, StoredMatrix, TernaryBackend,
+    StoredFloat, StoredMatrix, TernaryBackend, closer_bounds as closer_bounds_op,
     cpu::{
         Kernels,
-        bounds::bounds,
+        bounds::{bounds, closer_bounds},
         screen::{DEVIATIONS, Screen},
         stored::{StoredRows, stored_linear, stored_linear_at},
     },
@@ -51,11 +51,24 @@ fn bounds_of(kernels: Kernels, screen: &Screen, x: &[f32], deviations: f32) -> V
     out
 }
 
+/// The same with the copy's last bits.
+fn closer_bounds_of(kernels: Kernels, screen: &Screen, x: &[f32], deviations: f32) -> Vec<f32> {
+    let rows: Vec<u32> = (0..screen.rows() as u32).collect();
+    let mut out = bounds_of(kernels, screen, x, deviations);
+    for (x, out) in x.chunks(screen.columns()).zip(out.chunks_mut(rows.len())) {
+        closer_bounds(kernels, screen, x, &rows, deviations, out).unwrap();
+    }
+    out
+}
+
+/// How bounds are made.
+type Bounds = fn(Kernels, &Screen, &[f32], f32) -> Vec<f32>;
+
 /// How far each product is from its estimate, in standard deviations: bounds are linear in their number.
-fn deviations(stored: &Stored, x: &[f32]) -> Vec<f64> {
+fn deviations(stored: &Stored, x: &[f32], bounds: Bounds) -> Vec<f64> {
     let kernels = Kernels::detect();
     let screen = Screen::new(kernels, &stored.view(), &mut || {});
-    let (estimate, one) = (bounds_of(kernels, &screen, x, 0.0), bounds_of(kernels, &screen, x, 1.0));
+    let (estimate, one) = (bounds(kernels, &screen, x, 0.0), bounds(kernels, &screen, x, 1.0));
     let sigma = estimate.iter().zip(&one).map(|(estimate, one)| f64::from(one - estimate));
     let error = stored.exact(x).into_iter().zip(&estimate).map(|(exact, estimate)| f64::from(exact - estimate));
     error.zip(sigma).map(|(error, sigma)| error / sigma).collect()
@@ -63,13 +76,33 @@ fn deviations(stored: &Stored, x: &[f32]) -> Vec<f64> {
 
 #[track_caller]
 fn spread_is_as_promised(stored: &Stored, x: &[f32], room: f64, what: &str) {
-    let deviations = deviations(stored, x);
-    let count = deviations.len() as f64;
-    let mean = deviations.iter().sum::<f64>() / count;
-    let spread = (deviations.iter().map(|d| d * d).sum::<f64>() / count).sqrt();
-    let largest = deviations.iter().fold(0f64, |largest, d| largest.max(d.abs()));
-    let is_spread = (0.85 - room..1.0 + room).contains(&spread);
-    assert!(mean.abs() < room && is_spread && largest < 6.0, "{what}: {mean} {spread} {largest}");
+    for bounds in [bounds_of as Bounds, closer_bounds_of] {
+        let deviations = deviations(stored, x, bounds);
+        let count = deviations.len() as f64;
+        let mean = deviations.iter().sum::<f64>() / count;
+        let spread = (deviations.iter().map(|d| d * d).sum::<f64>() / count).sqrt();
+        let largest = deviations.iter().fold(0f64, |largest, d| largest.max(d.abs()));
+        let is_spread = (0.85 - room..1.0 + room).contains(&spread);
+        assert!(mean.abs() < room && is_spread && largest < 6.0, "{what}: {mean} {spread} {largest}");
+    }
+}
+
+#[test]
+fn the_last_bits_halve_the_error() {
+    let stored = Stored::noise(StoredFloat::Bf16, [2000, 2880], 1);
+    let x = Noise::new(2).floats(2880);
+    let screen = Screen::new(Kernels::detect(), &stored.view(), &mut || {});
+    let errors = |bounds: Bounds| -> f32 {
+        let estimates = bounds(Kernels::detect(), &screen, &x, 0.0);
+        stored.exact(&x).iter().zip(&estimates).map(|(exact, estimate)| (exact - estimate).powi(2)).sum()
+    };
+    let ratio = errors(closer_bounds_of) / errors(bounds_of);
+    assert!((0.2..0.3).contains(&ratio), "{ratio} of the squared error");
+    let room = |bounds: Bounds| -> f32 {
+        let bounds = bounds(Kernels::detect(), &screen, &x, DEVIATIONS);
+        stored.exact(&x).iter().zip(&bounds).map(|(exact, bound)| bound - exact).sum()
+    };
+    assert!((0.45..0.55).contains(&(room(closer_bounds_of) / room(bounds_of))), "half the distance");
 }
 
 #[test]
@@ -124,13 +157,17 @@ proptest! {
         let plain = all_kernels().next().unwrap();
         let expected = Screen::new(plain, &stored.view(), &mut || {});
         let expected_bounds = bounds_of(plain, &expected, &x, DEVIATIONS);
+        let expected_closer = closer_bounds_of(plain, &expected, &x, DEVIATIONS);
         for kernels in all_kernels() {
             let screen = Screen::new(kernels, &stored.view(), &mut || {});
             prop_assert!(screen == expected, "{}", kernels.isa());
             assert_same(&bounds_of(kernels, &screen, &x, DEVIATIONS), &expected_bounds, &format!("{}", kernels.isa()));
+            let closer = closer_bounds_of(kernels, &screen, &x, DEVIATIONS);
+            assert_same(&closer, &expected_closer, &format!("{}, closer", kernels.isa()));
         }
-        for (exact, bound) in stored.exact(&x).iter().zip(&expected_bounds) {
-            prop_assert!(exact <= bound || exact.is_nan() && *bound == f32::INFINITY, "{exact} above {bound}");
+        let bounds = stored.exact(&x).into_iter().zip(expected_bounds.into_iter().zip(expected_closer));
+        for (exact, bound) in bounds.flat_map(|(exact, (bound, closer))| [(exact, bound), (exact, closer)]) {
+            prop_assert!(exact <= bound || exact.is_nan() && bound == f32::INFINITY, "{exact} above {bound}");
         }
     }
 }
@@ -142,12 +179,20 @@ fn a_screen_and_its_bounds_do_not_depend_on_threads_or_batch() {
     for kernels in all_kernels() {
         let expected = Screen::new(kernels, &stored.view(), &mut || {});
         let alone: Vec<f32> = x.chunks(2880).flat_map(|x| bounds_of(kernels, &expected, x, DEVIATIONS)).collect();
+        let closer = |row: u32| {
+            let mut bound = [alone[row as usize]];
+            closer_bounds(kernels, &expected, &x[..2880], &[row], DEVIATIONS, &mut bound).unwrap();
+            bound[0]
+        };
+        let expected_closer: Vec<f32> = (0..1500).map(closer).collect();
         for threads in [1, 3] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
                 let screen = Screen::new(kernels, &stored.view(), &mut || {});
                 assert!(screen == expected, "{} on {threads} threads", kernels.isa());
                 assert_same(&bounds_of(kernels, &screen, &x, DEVIATIONS), &alone, &format!("{threads} threads"));
+                let closer = closer_bounds_of(kernels, &screen, &x[..2880], DEVIATIONS);
+                assert_same(&closer, &expected_closer, &format!("closer, {threads} threads"));
             });
         }
     }
@@ -183,6 +228,10 @@ fn backend_screens<B: TernaryBackend>() {
     assert!(screen == Screen::new(Kernels::detect(), &stored.view(), &mut || {}));
     let found = values(screen_bounds(matrix::<B>(&x, [3, 90]), &screen));
     assert_same(&found, &bounds_of(Kernels::detect(), &screen, &x, DEVIATIONS), "bounds");
+    let mut closer = [found[299], found[5], 7.0];
+    closer_bounds_op(matrix::<B>(&x[..90], [1, 90]), &screen, &[299, 5, 300], &mut closer);
+    let expected = closer_bounds_of(Kernels::detect(), &screen, &x[..90], DEVIATIONS);
+    assert_same(&closer, &[expected[299], expected[5], 7.0], "closer bounds, and no row");
     let ids = Tensor::from_data(TensorData::new(vec![5i64, 299, 300, -1], [4]), &B::Device::default());
     let at = values(ternoss::backends::stored_linear_at(matrix::<B>(&x, [3, 90]), &table, ids.clone()));
     let whole = stored.exact(&x);

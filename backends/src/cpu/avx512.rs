@@ -8,7 +8,7 @@ use super::shared::shared_arithmetic;
 pub(super) use super::{
     avx2::{lookup_totals, t5_to_t2},
     avx512_product::add_product,
-    avx512_screen::screen_totals,
+    avx512_screen::{last_totals, screen_totals},
     avx512_stored::stored_dots,
 };
 

@@ -104,7 +104,7 @@ use crate::{
     format::Rotation,
     ops::{ClampedSwiGlu, StoredFloat},
 };
-use bounds::{ScreenRows, TokenTerms};
+use bounds::{LastBits, ScreenRows, TokenTerms};
 use linear::T2Rows;
 use lookup::{LOOKUP_ROWS, Table};
 use product::{Panels, Rows, Sums};
@@ -360,12 +360,12 @@ impl Kernels {
         words: &[u32],
         dither: &Dither,
         x: &mut [f32],
-        codes: &mut [u8],
+        bits: (&mut [u8], &mut [u8]),
     ) -> [f32; 2] {
-        dispatch!(self, screen_row(float, words, dither, x, codes))
+        dispatch!(self, screen_row(float, words, dither, x, bits))
     }
 
-    /// `totals[token * rows + row]`: codes of a screen times at most [`bounds::TOKEN_TILE`] tokens of whole blocks.
+    /// `totals[token * rows + row]`: codes of a screen times at most [`bounds::TOKEN_TILE`] tokens of padded runs.
     fn screen_totals(self, rows: &ScreenRows<'_>, tokens: &[&[i8]], totals: &mut [i32]) {
         dispatch!(self, screen_totals(rows, tokens, totals));
     }
@@ -373,5 +373,10 @@ impl Kernels {
     /// The bounds of some rows with one token: see [`bounds::screen_bounds`].
     fn screen_bounds(self, token: TokenTerms, totals: &[i32], steps: &[f32], lengths: &[f32], out: &mut [f32]) {
         dispatch!(self, screen_bounds(token, totals, steps, lengths, out));
+    }
+
+    /// `totals[n]`: the last bits of `rows[n]` times a token of padded runs, 0 where there is no such row.
+    fn last_totals(self, last: &LastBits<'_>, rows: &[u32], levels: &[i8], totals: &mut [i32]) {
+        dispatch!(self, last_totals(last, rows, levels, totals));
     }
 }

@@ -7,7 +7,7 @@
 use std::arch::aarch64::*;
 
 use super::{
-    bounds::{self, ScreenRows},
+    bounds::{self, LastBits, ScreenRows},
     linear::T2Rows,
     lookup::{LOOKUP_ROWS, Table},
     math,
@@ -203,4 +203,9 @@ fn add_float_lanes(lanes: [float32x4_t; 4]) -> f32 {
 #[target_feature(enable = "neon")]
 pub(super) fn screen_totals(rows: &ScreenRows<'_>, tokens: &[&[i8]], totals: &mut [i32]) {
     bounds::screen_totals(rows, tokens, totals);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn last_totals(last: &LastBits<'_>, rows: &[u32], levels: &[i8], totals: &mut [i32]) {
+    bounds::last_totals(last, rows, levels, totals);
 }

@@ -12,7 +12,7 @@ use super::{
 use crate::format::T2_BLOCK_BYTES;
 
 pub(super) use super::neon::{
-    add_product, exponentials, lookup_totals, quantize, rms_norm, round_token, screen_bounds, screen_row,
+    add_product, exponentials, last_totals, lookup_totals, quantize, rms_norm, round_token, screen_bounds, screen_row,
     screen_totals, sink_softmax, sink_softmax_gradient, stored_dots, swiglu, swiglu_gradient, t5_to_t2,
 };
 

@@ -1,7 +1,7 @@
 //! Plain Rust: what any processor can run, and what the others are compared with.
 
 use super::{
-    bounds::{self, ScreenRows},
+    bounds::{self, LastBits, ScreenRows},
     linear::T2Rows,
     lookup::{LOOKUP_ROWS, Table},
     math,
@@ -129,4 +129,8 @@ fn stored_dot(float: StoredFloat, row: &[u32], token: &[f32]) -> f32 {
 
 pub(super) fn screen_totals(rows: &ScreenRows<'_>, tokens: &[&[i8]], totals: &mut [i32]) {
     bounds::screen_totals(rows, tokens, totals);
+}
+
+pub(super) fn last_totals(last: &LastBits<'_>, rows: &[u32], levels: &[i8], totals: &mut [i32]) {
+    bounds::last_totals(last, rows, levels, totals);
 }

@@ -18,7 +18,8 @@ macro_rules! shared_arithmetic {
             math::sink_softmax_gradient(shares: &[f32], gradient: &mut [f32], scale: f32) -> f32;
             math::rms_norm(x: &[f32], gamma: &[f32], epsilon: f32, out: &mut [f32]);
             screen::screen_row(
-                float: $crate::ops::StoredFloat, words: &[u32], dither: &$crate::cpu::screen::Dither, x: &mut [f32], codes: &mut [u8]
+                float: $crate::ops::StoredFloat, words: &[u32], dither: &$crate::cpu::screen::Dither, x: &mut [f32],
+                bits: (&mut [u8], &mut [u8])
             ) -> [f32; 2];
             bounds::screen_bounds(
                 token: $crate::cpu::bounds::TokenTerms, totals: &[i32], steps: &[f32], lengths: &[f32], out: &mut [f32]

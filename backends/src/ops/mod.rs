@@ -37,7 +37,9 @@ pub use cache::{KvFormat, LayerCache};
 pub(crate) use experts::layer_by_parts;
 pub use experts::{ClampedSwiGlu, ExpertLayer, TernaryExperts, clamped_swiglu, expert_layer};
 pub use stopwatch::time_in_operations;
-pub use stored::{StoredFloat, StoredMatrix, screen, screen_bounds, stored_linear, stored_linear_at, stored_rows};
+pub use stored::{
+    StoredFloat, StoredMatrix, closer_bounds, screen, screen_bounds, stored_linear, stored_linear_at, stored_rows,
+};
 
 pub use tuned::tuned_linear;
 

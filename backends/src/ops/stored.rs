@@ -5,7 +5,10 @@ use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
 use super::{Screen, TernaryBackend, restore, single, timed};
-use crate::format::{FormatError, check_dtype, check_shape};
+use crate::{
+    format::{FormatError, check_dtype, check_shape},
+    reference,
+};
 
 /// The float type a frozen matrix is stored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -176,7 +179,8 @@ pub fn screen<B: TernaryBackend>(matrix: &StoredMatrix<B>, mut pause: impl FnMut
     B::screen(matrix, &mut pause)
 }
 
-/// What each product of `x [tokens, columns]` with a row of the matrix behind `screen` is at most: `[tokens, rows]`.
+/// What each product of `x [tokens, columns]` with a row of the matrix behind `screen` is at most: `[tokens, rows]`. Reads 3
+/// of the 4 bits.
 ///
 /// A product is above its bound with a probability of at most 1.3e-14. That is also the probability that the largest of a
 /// token's products belongs to a row whose bound is below another product: see [`cpu::screen`](crate::cpu::screen). Bounds
@@ -188,6 +192,16 @@ pub fn screen<B: TernaryBackend>(matrix: &StoredMatrix<B>, mut pause: impl FnMut
 pub fn screen_bounds<B: TernaryBackend>(x: Tensor<B, 2>, screen: &Screen) -> Tensor<B, 2> {
     assert_eq!(x.dims()[1], screen.columns(), "width of x and columns of the screen");
     timed(|| B::screen_bounds(single(x), screen))
+}
+
+/// Closer bounds of the products of one token `x [1, columns]` with some `rows`, in the place of those that
+/// [`screen_bounds`] gave for them: with the fourth bit of the screen. They are wrong as seldom.
+///
+/// # Panics
+/// If `x` is not one token of the screen's width, or there are not as many `bounds` as `rows`.
+pub fn closer_bounds<B: TernaryBackend>(x: Tensor<B, 2>, screen: &Screen, rows: &[u32], bounds: &mut [f32]) {
+    assert_eq!(x.dims(), [1, screen.columns()], "one token of the screen's width");
+    timed(|| reference::closer_bounds(x, screen, rows, bounds));
 }
 
 /// Rows of a stored matrix (an embedding): `ids [n]`, `[n, columns]` in `F32`. An id that is no row gives a row of NaN.

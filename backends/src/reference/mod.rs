@@ -32,6 +32,6 @@ pub use linear::{
 };
 pub use routing::{rms_norm, route};
 pub use rows::ternary_rows;
-pub use screen::screen_bounds;
+pub use screen::{closer_bounds, screen_bounds};
 pub use stored::{stored_linear, stored_linear_at, stored_linear_transposed, stored_rows};
 pub use tuned::{scale_gradient, scaled_trits, spread, tuned_linear};

@@ -10,7 +10,7 @@ mod ternary;
 
 pub(super) use lookup::lookup_totals;
 pub(super) use product::add_product;
-pub(super) use screen::screen_totals;
+pub(super) use screen::{last_totals, screen_totals};
 pub(super) use stored::stored_dots;
 pub(super) use t5::t5_to_t2;
 pub(super) use ternary::t2_totals;
