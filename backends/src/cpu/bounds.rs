@@ -202,6 +202,7 @@ pub fn closer_bounds(
 
 fn piece_bounds(kernels: Kernels, screen: &Screen, tokens: &[Token], mut piece: Piece<'_>) {
     let (end, run) = (piece.rows(), run(screen.columns));
+    let mut totals = [0i32; ROW_TILE * TOKEN_TILE];
     for start in (0..end).step_by(ROW_TILE) {
         let count = ROW_TILE.min(end - start);
         let rows = piece.first + start..piece.first + start + count;
@@ -209,7 +210,6 @@ fn piece_bounds(kernels: Kernels, screen: &Screen, tokens: &[Token], mut piece: 
         for (tokens, out) in tokens.chunks(TOKEN_TILE).zip(piece.out.chunks_mut(TOKEN_TILE)) {
             let mut levels = [[].as_slice(); TOKEN_TILE];
             levels.iter_mut().zip(tokens).for_each(|(levels, token)| *levels = &token.levels);
-            let mut totals = [0i32; ROW_TILE * TOKEN_TILE];
             let totals = &mut totals[..count * tokens.len()];
             kernels.screen_totals(&tile, &levels[..tokens.len()], totals);
             for ((token, totals), out) in tokens.iter().zip(totals.chunks_exact(count)).zip(out) {

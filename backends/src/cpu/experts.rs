@@ -186,10 +186,8 @@ fn run_wave(kernels: Kernels, experts: &Experts<'_>, inputs: &Tokens, k: usize, 
     let visitors = |visit: &Visit| visit.choices.iter().map(|choice| inputs.token(choice / k)).collect();
     products(kernels, &experts.gate_up, experts.gate_up_bias, wave, visitors, &mut gate_up);
 
-    let mut hidden = vec![0.0; choices * lower.in_features];
-    swiglu(kernels, experts.activation, &gate_up, &mut hidden);
+    let hidden = Tokens::gated(kernels, experts.activation, &gate_up, lower.in_features, lower.rotation);
     drop(gate_up);
-    let hidden = Tokens::quantize(kernels, &hidden, lower.in_features, lower.rotation);
 
     let mut down = vec![0.0; choices * lower.rows];
     let mut next = 0..choices;

@@ -173,6 +173,7 @@ struct Input<'a> {
 fn multiply(kernels: Kernels, input: &Input<'_>, mut piece: Piece<'_>) {
     let Input { rows, tokens, straight, tiles, bias } = input;
     let mut scratch = Scratch::default();
+    let mut totals = [0i32; ROW_TILE * TOKEN_TILE];
     let end = piece.rows();
     for start in (0..end).step_by(ROW_TILE) {
         let count = ROW_TILE.min(end - start);
@@ -180,7 +181,6 @@ fn multiply(kernels: Kernels, input: &Input<'_>, mut piece: Piece<'_>) {
         for plane in 0..rows.layout().planes {
             let row_scales = rows.row_scales(plane, first, count);
             if let Some(straight) = straight {
-                let mut totals = [0i32; ROW_TILE];
                 let totals = &mut totals[..count];
                 kernels.t5_totals(&scratch.t5_tile(rows, plane, first, count), straight, totals);
                 add_plane(totals, row_scales, tokens, plane == 0, start, &mut piece.out);
@@ -193,7 +193,6 @@ fn multiply(kernels: Kernels, input: &Input<'_>, mut piece: Piece<'_>) {
                 continue;
             }
             for (tokens, out) in tokens.chunks(TOKEN_TILE).zip(piece.out.chunks_mut(TOKEN_TILE)) {
-                let mut totals = [0i32; ROW_TILE * TOKEN_TILE];
                 let totals = &mut totals[..count * tokens.len()];
                 kernels.t2_totals(&tile, tokens, totals);
                 add_plane(totals, row_scales, tokens, plane == 0, start, out);

@@ -24,7 +24,10 @@
 use rayon::prelude::*;
 
 use super::{Kernels, tasks};
-use crate::format::{BLOCK, Rotation};
+use crate::{
+    format::{BLOCK, Rotation},
+    ops::ClampedSwiGlu,
+};
 
 /// Blocks in a quad.
 pub(super) const QUAD_BLOCKS: usize = 4;
@@ -37,6 +40,9 @@ pub(super) const SUM_LANES: usize = 16;
 
 /// Numbers that a task should have at least.
 const TASK_ELEMENTS: usize = 1 << 14;
+
+/// The same where each comes out of a gate, which takes several times as long as rounding it.
+const TASK_GATES: usize = 1 << 11;
 
 /// The int8 activations of four blocks, on a cache line boundary.
 #[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -78,27 +84,41 @@ impl Tokens {
     /// Rounds tokens of `in_features` values each, given one after the other. A rest that is no whole token is left out.
     #[must_use]
     pub fn quantize(kernels: Kernels, x: &[f32], in_features: usize, rotation: Option<Rotation>) -> Self {
-        Self::quantize_by(kernels, x, in_features, rotation, |x, to| to.extend_from_slice(x))
+        let copy = |x: &[f32], to: &mut [f32]| to.copy_from_slice(x);
+        Self::quantize_by(kernels, x, [in_features; 2], rotation, TASK_ELEMENTS, copy)
     }
 
     /// The same after the norm of each token, as wide as `gamma`: see [`rms_norm`](super::routing::rms_norm).
     #[must_use]
     pub fn normed(kernels: Kernels, x: &[f32], gamma: &[f32], epsilon: f32, rotation: Option<Rotation>) -> Self {
-        Self::quantize_by(kernels, x, gamma.len(), rotation, |x, to| {
-            to.resize(x.len(), 0.0);
-            kernels.rms_norm(x, gamma, epsilon, to);
-        })
+        let norm = |x: &[f32], to: &mut [f32]| kernels.rms_norm(x, gamma, epsilon, to);
+        Self::quantize_by(kernels, x, [gamma.len(); 2], rotation, TASK_ELEMENTS, norm)
     }
 
-    /// The same of what `fill` makes of each token, in an empty vector.
+    /// The same after the gate of each token: `gate_up` holds gate and up in turn, twice `in_features` a token.
+    #[must_use]
+    pub fn gated(
+        kernels: Kernels,
+        activation: ClampedSwiGlu,
+        gate_up: &[f32],
+        in_features: usize,
+        rotation: Option<Rotation>,
+    ) -> Self {
+        let gate = |gate_up: &[f32], to: &mut [f32]| kernels.swiglu(activation, gate_up, to);
+        Self::quantize_by(kernels, gate_up, [2 * in_features, in_features], rotation, TASK_GATES, gate)
+    }
+
+    /// The same of the `in_features` numbers that `fill` makes of `width`, on several threads from two times
+    /// `task_elements` on.
     fn quantize_by(
         kernels: Kernels,
         x: &[f32],
-        in_features: usize,
+        [width, in_features]: [usize; 2],
         rotation: Option<Rotation>,
-        fill: impl Fn(&[f32], &mut Vec<f32>) + Sync,
+        task_elements: usize,
+        fill: impl Fn(&[f32], &mut [f32]) + Sync,
     ) -> Self {
-        let tokens = x.len().checked_div(in_features).unwrap_or(0);
+        let tokens = x.len().checked_div(width).unwrap_or(0);
         let mut this = Self {
             in_features,
             quads: vec![Quad([0; QUAD]); tokens * quads(in_features)],
@@ -111,17 +131,16 @@ impl Tokens {
         let scales = this.scales.iter_mut();
         let parts =
             this.quads.chunks_exact_mut(quads(in_features)).zip(this.block_sums.chunks_exact_mut(sums(in_features)));
-        let work = x.chunks_exact(in_features).zip(parts).zip(scales);
+        let work = x.chunks_exact(width).zip(parts).zip(scales);
         let mut work: Vec<Work<'_>> = work.map(|((x, (quads, sums)), scale)| Work { x, quads, sums, scale }).collect();
-        let quantize = |scratch: &mut Vec<f32>, work: &mut Work<'_>| {
-            scratch.clear();
+        let quantize = |scratch: &mut [f32], work: &mut Work<'_>| {
             fill(work.x, scratch);
             *work.scale = kernels.quantize(scratch, rotation, work.quads, work.sums);
         };
-        let chunk = TASK_ELEMENTS.div_ceil(in_features);
+        let chunk = task_elements.div_ceil(in_features);
         let parallel = work.len() > 2 * chunk;
         tasks::run(work.chunks_mut(chunk).collect(), parallel, |work: &mut [Work<'_>]| {
-            let mut scratch = Vec::with_capacity(in_features);
+            let mut scratch = vec![0.0; in_features];
             work.iter_mut().for_each(|work| quantize(&mut scratch, work));
         });
         this
