@@ -86,7 +86,7 @@ impl Sum for Traffic {
 
 impl<B: TernaryBackend> GptOss<B> {
     /// What [`generate`](Self::generate) reads for one new token after `context` others. Where the output layer is screened,
-    /// its compact copy is read, and some rows that are not counted.
+    /// that is what is read of its compact copy for every row; what is read of some rows alone is not counted.
     pub fn decode_traffic(&self, context: usize) -> Traffic {
         let output = self.lm_head.screen_bytes().unwrap_or_else(|| whole(&self.lm_head));
         Traffic { output, ..self.pass(context, 1) }
