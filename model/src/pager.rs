@@ -105,12 +105,48 @@ impl Pager {
     pub(crate) fn release_tables(&self) {
         self.tables.iter().for_each(|extent| self.checkpoint.release(extent));
     }
+
+    /// Makes room for so many bytes of something else than experts.
+    pub(crate) fn make_room(&self, bytes: u64) {
+        self.free(&mut self.heat.lock().unwrap_or_else(PoisonError::into_inner), bytes, |_, _| false);
+    }
+
+    /// Takes tables and the coldest experts out of resident memory until there is room for so many bytes. Experts that
+    /// are wanted stay.
+    fn free(&self, heat: &mut Heat, incoming: u64, is_wanted: impl Fn(usize, usize) -> bool) {
+        let excess = || (resident_bytes().unwrap_or(0) + incoming + MARGIN).saturating_sub(self.budget);
+        if excess() > 0 {
+            self.release_tables();
+        }
+        // Looked at again, for the system maps pages beside those that are read.
+        let mut left = excess();
+        while left > 0 {
+            let Some((layer, expert)) = heat.coldest(&is_wanted) else { break };
+            let paged = &self.experts[layer][expert];
+            paged.extents.iter().for_each(|extent| self.checkpoint.release(extent));
+            heat.states[layer][expert].resident = false;
+            left = left.checked_sub(paged.bytes).filter(|left| *left > 0).unwrap_or_else(excess);
+        }
+    }
+}
+
+impl Heat {
+    /// The resident expert that was chosen least lately, none of those that are wanted.
+    fn coldest(&self, is_wanted: impl Fn(usize, usize) -> bool) -> Option<(usize, usize)> {
+        let states =
+            self.states.iter().enumerate().flat_map(|(layer, states)| {
+                states.iter().enumerate().map(move |(expert, state)| ((layer, expert), state))
+            });
+        let may_leave = states.filter(|((layer, expert), state)| state.resident && !is_wanted(*layer, *expert));
+        let coldest = may_leave.min_by(|(_, a), (_, b)| a.heat_at(self.clock).total_cmp(&b.heat_at(self.clock)));
+        coldest.map(|(place, _)| place)
+    }
 }
 
 impl LayerPager {
     /// Makes room for these experts and has them read.
     pub(crate) fn make_room(&self, chosen: &[i64]) {
-        let Pager { checkpoint, budget, experts, heat, .. } = &*self.pager;
+        let Pager { checkpoint, experts, heat, .. } = &*self.pager;
         let mut heat = heat.lock().unwrap_or_else(PoisonError::into_inner);
         heat.clock += u64::from(self.layer == 0);
         let (clock, count) = (heat.clock, experts[self.layer].len());
@@ -122,37 +158,13 @@ impl LayerPager {
         let missing: Vec<usize> =
             (0..count).filter(|&expert| wanted[expert] && !heat.states[self.layer][expert].resident).collect();
         let incoming: u64 = missing.iter().map(|expert| experts[self.layer][*expert].bytes).sum();
-        let excess = || (resident_bytes().unwrap_or(0) + incoming + MARGIN).saturating_sub(*budget);
-        if excess() > 0 {
-            self.pager.release_tables();
-        }
-        // Looked at again, for the system maps pages beside those that are read.
-        let mut left = excess();
-        while left > 0 {
-            let Some((layer, expert)) = self.coldest(&heat, &wanted) else { break };
-            let paged = &experts[layer][expert];
-            paged.extents.iter().for_each(|extent| checkpoint.release(extent));
-            heat.states[layer][expert].resident = false;
-            left = left.checked_sub(paged.bytes).filter(|left| *left > 0).unwrap_or_else(excess);
-        }
+        self.pager.free(&mut heat, incoming, |layer, expert| layer == self.layer && wanted[expert]);
         for expert in missing {
             experts[self.layer][expert].extents.iter().for_each(|extent| checkpoint.fetch(extent));
         }
         for (state, _) in heat.states[self.layer].iter_mut().zip(wanted).filter(|(_, wanted)| *wanted) {
             *state = State { heat: state.heat_at(clock) + 1.0, at: clock, resident: true };
         }
-    }
-
-    /// The resident expert that was chosen least lately, none of those that are wanted now.
-    fn coldest(&self, heat: &Heat, wanted: &[bool]) -> Option<(usize, usize)> {
-        let states =
-            heat.states.iter().enumerate().flat_map(|(layer, states)| {
-                states.iter().enumerate().map(move |(expert, state)| ((layer, expert), state))
-            });
-        let may_leave =
-            states.filter(|((layer, expert), state)| state.resident && (*layer != self.layer || !wanted[*expert]));
-        let coldest = may_leave.min_by(|(_, a), (_, b)| a.heat_at(heat.clock).total_cmp(&b.heat_at(heat.clock)));
-        coldest.map(|(place, _)| place)
     }
 }
 

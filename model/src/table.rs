@@ -27,8 +27,8 @@ use burn::{
     tensor::{Int, Tensor, TensorData, backend::Backend},
 };
 use ternoss_backends::{
-    Screen, StoredFloat, StoredMatrix, TernaryBackend, closer_bounds, screen, screen_bounds, stored_linear,
-    stored_linear_at, stored_rows, ternary_linear, ternary_rows,
+    Screen, StoredFloat, StoredMatrix, TernaryBackend, closer_bounds, cpu::screen::ROWS_BETWEEN_PAUSES, screen,
+    screen_bounds, stored_linear, stored_linear_at, stored_rows, ternary_linear, ternary_rows,
 };
 use ternoss_quant::TernaryTensor;
 
@@ -37,8 +37,12 @@ use crate::{pager::Pager, screening::LazyLogits};
 /// Weights from which on [`Screening::Auto`] makes a compact copy: smaller tables are read as fast as it.
 const SCREENED_WEIGHTS: usize = 1 << 24;
 
-/// Rows that are computed before they leave memory again, where that is limited.
-const ROWS_IN_LIMITED_MEMORY: usize = 128;
+/// Rows here and there that are computed before they leave memory again, where that is limited. Systems with large pages of
+/// files map a megabyte and more beside each of them.
+const ROWS_IN_LIMITED_MEMORY: usize = 16;
+
+/// The same of rows one after the other.
+const NEIGHBOURS_IN_LIMITED_MEMORY: usize = 4096;
 
 /// A matrix `[vocabulary, hidden]`.
 #[derive(Module, Debug)]
@@ -144,7 +148,30 @@ impl<B: TernaryBackend> StoredTable<B> {
         if !wanted {
             return None;
         }
-        self.screen.get_or_init(|| screen(&self.matrix(), || self.let_go())).as_ref()
+        let make = || {
+            if let Some(pager) = &self.pager {
+                let [rows, words] = self.words.dims();
+                // Four bits a weight and two floats a row, and what is read between two pauses.
+                pager.make_room((rows * (self.hidden / 2 + 8) + ROWS_BETWEEN_PAUSES * words * 4) as u64);
+            }
+            screen(&self.matrix(), || self.let_go())
+        };
+        self.screen.get_or_init(make).as_ref()
+    }
+
+    /// The product with every row, where memory is limited with some rows at a time.
+    fn logits(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        if self.pager.is_none() {
+            return stored_linear(x, &self.matrix());
+        }
+        let rows = self.words.dims()[0];
+        let parts = (0..rows).step_by(NEIGHBOURS_IN_LIMITED_MEMORY).map(|first| {
+            let ids = first as i64..(first + NEIGHBOURS_IN_LIMITED_MEMORY).min(rows) as i64;
+            let part = stored_linear_at(x.clone(), &self.matrix(), Tensor::arange(ids, &x.device()));
+            self.let_go();
+            part
+        });
+        Tensor::cat(parts.collect(), 1)
     }
 }
 
@@ -162,7 +189,7 @@ impl<B: TernaryBackend> Table<B> {
     /// first, as every ternary layer does.
     pub fn logits(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match self {
-            Self::Stored(table) => stored_linear(x, &table.matrix()),
+            Self::Stored(table) => table.logits(x),
             Self::Ternary(table) => ternary_linear(x, &table.weight(), 0),
         }
     }
@@ -234,6 +261,6 @@ impl<B: TernaryBackend> LazyLogits for ScreenedLogits<B> {
     }
 
     fn all(&self) -> Vec<f32> {
-        stored_linear(self.x.clone(), &self.table.matrix()).into_data().iter::<f32>().collect()
+        self.table.logits(self.x.clone()).into_data().iter::<f32>().collect()
     }
 }
