@@ -78,6 +78,8 @@ mod product;
 pub mod routing;
 mod scalar;
 pub mod screen;
+#[cfg(target_arch = "x86_64")]
+mod screen_tile;
 mod shared;
 pub mod stored;
 #[cfg(target_arch = "x86_64")]
