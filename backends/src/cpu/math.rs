@@ -112,7 +112,8 @@ pub(super) fn sink_softmax(scores: &mut [f32], scale: f32, sink: f32) {
 /// what they add up to.
 #[inline(always)]
 pub(super) fn exponentials(scores: &mut [f32], scale: f32, least: f32) -> [f32; 2] {
-    let largest = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
+    // One instruction. It may lose a NaN, but the sum does not.
+    let largest = |a: f32, b: f32| if a > b { a } else { b };
     // Whole chunks first: their accumulators stay in registers. Four side by side hide how long a comparison takes.
     let mut tops = [least; 4 * LANES];
     let (chunks, rest) = scores.as_chunks_mut::<{ 4 * LANES }>();

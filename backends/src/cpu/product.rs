@@ -8,6 +8,10 @@ use half::f16;
 /// Columns of a panel.
 pub(super) const PANEL: usize = 16;
 
+/// Bytes that a processor fetches at once.
+#[cfg(target_arch = "x86_64")]
+pub(super) const LINE: usize = 64;
+
 /// Rows of floats, each `stride` after the one before; the last may be shorter than that.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rows<'a> {
@@ -180,7 +184,7 @@ fn add_rows<const R: usize, T: Number>(
 #[cfg(target_arch = "x86_64")]
 macro_rules! vector_products {
     ($features:literal) => {
-        use crate::cpu::product::{Numbers, PANEL, Panels, Rows, Sums, add_panels};
+        use crate::cpu::product::{LINE, Numbers, PANEL, Panels, Rows, Sums, add_panels};
 
         /// Vectors in a panel.
         const VECTORS: usize = PANEL / LANES;
@@ -208,15 +212,23 @@ macro_rules! vector_products {
                 while row < rows {
                     let factors = a.numbers.as_ptr().wrapping_add(row * a.stride);
                     let out = sums.numbers.as_mut_ptr().wrapping_add(row * sums.stride + panel * PANEL);
+                    // The first rows fetch for all of them.
+                    let ahead = from.cast::<u8>().wrapping_add(if row == 0 { AHEAD } else { 0 });
                     // SAFETY: these rows of `a`, these panels and their place in the sums are there, as checked above.
                     row += unsafe {
                         match (rows - row >= ROWS, together > 1) {
                             (true, true) => {
-                                tile::<ROWS, PANELS, T>(factors, a.stride, from, b, inner, out, sums.stride)
+                                tile::<ROWS, PANELS, T>(factors, a.stride, from, ahead, b, inner, out, sums.stride)
                             }
-                            (true, false) => tile::<ROWS, 1, T>(factors, a.stride, from, b, inner, out, sums.stride),
-                            (false, true) => tile::<1, PANELS, T>(factors, a.stride, from, b, inner, out, sums.stride),
-                            (false, false) => tile::<1, 1, T>(factors, a.stride, from, b, inner, out, sums.stride),
+                            (true, false) => {
+                                tile::<ROWS, 1, T>(factors, a.stride, from, ahead, b, inner, out, sums.stride)
+                            }
+                            (false, true) => {
+                                tile::<1, PANELS, T>(factors, a.stride, from, ahead, b, inner, out, sums.stride)
+                            }
+                            (false, false) => {
+                                tile::<1, 1, T>(factors, a.stride, from, ahead, b, inner, out, sums.stride)
+                            }
                         }
                     };
                 }
@@ -225,7 +237,7 @@ macro_rules! vector_products {
             add_panels(a, numbers, b, inner, whole, sums);
         }
 
-        /// `R` rows times `P` whole panels, the first of which is at `from`; returns `R`.
+        /// `R` rows times `P` whole panels, the first of which is at `from`; what lies at `ahead` is fetched meanwhile. Returns `R`.
         ///
         /// # Safety
         /// `R` rows of `inner` floats must lie at `a`, `inner` rows of [`PANEL`] numbers in each panel, and `R` of `P` times as many
@@ -236,6 +248,7 @@ macro_rules! vector_products {
             a: *const f32,
             a_stride: usize,
             from: *const T,
+            ahead: *const u8,
             b: Panels<'_>,
             inner: usize,
             out: *mut f32,
@@ -251,6 +264,9 @@ macro_rules! vector_products {
                         }
                     }
                 }
+                // Each line once: panels whose rows follow each other without a gap are fetched as the one piece that they are.
+                let width = P * PANEL * size_of::<T>();
+                let step = if b.panel == inner * b.stride { width } else { b.stride * size_of::<T>() };
                 for i in 0..inner {
                     let mut row = [[splat(0.0); VECTORS]; P];
                     for p in 0..P {
@@ -258,7 +274,9 @@ macro_rules! vector_products {
                         for v in 0..VECTORS {
                             row[p][v] = T::load(from.add(v * LANES));
                         }
-                        prefetch(from.cast::<u8>().wrapping_add(AHEAD));
+                    }
+                    for line in (0..width).step_by(LINE) {
+                        prefetch(ahead.wrapping_add(i * step + line));
                     }
                     for r in 0..R {
                         let factor = splat(*a.add(r * a_stride + i));
