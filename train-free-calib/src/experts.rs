@@ -115,7 +115,7 @@ impl<B: TernaryBackend> LayerCalibration<'_, B> {
     ) -> Result<ExpertPair<B>, CalibError> {
         let config = self.checkpoint.config();
         let upper = self.expert(ExpertMatrix::GateUp, number)?;
-        let mut moments = Moments::new(config.hidden_size, self.device);
+        let mut moments = Moments::new(config.hidden_size, self.recipe.steps.bias, self.device);
         for visits in visits.parts() {
             let (student, teacher) = (inputs.student.rows(&visits.rows)?, inputs.teacher.rows(&visits.rows)?);
             self.add_calibrated(&mut moments, &visits, Inputs { student, teacher, lack: None });
@@ -126,7 +126,7 @@ impl<B: TernaryBackend> LayerCalibration<'_, B> {
         let lower = self.expert(ExpertMatrix::Down, number)?;
         let of_lower = lower.teacher(self.device);
         let hidden = |linear: &Linear<B>, x| clamped_swiglu(linear.forward(x), config.activation());
-        let mut moments = Moments::new(config.intermediate_size, self.device);
+        let mut moments = Moments::new(config.intermediate_size, self.recipe.steps.bias, self.device);
         let streams = inputs.teacher.streams;
         let mut output = Rows::new(streams.memory(), [ROWS_AT_ONCE, config.hidden_size], self.device);
         for visits in visits.parts() {

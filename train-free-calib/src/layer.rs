@@ -178,13 +178,14 @@ impl<'a, B: TernaryBackend> LayerCalibration<'a, B> {
         inputs: impl Fn(usize) -> Result<Inputs<B>, CalibError> + Sync,
     ) -> Result<Moments<B>, CalibError> {
         let at_once = (ROWS_AT_ONCE / context.max(1)).max(1);
+        let new = |in_features| Moments::new(in_features, self.recipe.steps.bias, self.device);
         let mut moments = None;
         for first in (0..calibrated).step_by(at_once) {
             let windows = (first..calibrated.min(first + at_once)).into_par_iter();
             let inputs = self.together(windows.map(&inputs).collect::<Result<Vec<_>, _>>()?);
-            moments.get_or_insert_with(|| Moments::new(inputs.student.dims()[1], self.device)).add(inputs, None);
+            moments.get_or_insert_with(|| new(inputs.student.dims()[1])).add(inputs, None);
         }
-        Ok(moments.unwrap_or_else(|| Moments::new(self.checkpoint.config().hidden_size, self.device)))
+        Ok(moments.unwrap_or_else(|| new(self.checkpoint.config().hidden_size)))
     }
 
     /// The inputs of some windows, one after the other, as the ternary layer sees them.

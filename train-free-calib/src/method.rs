@@ -35,7 +35,8 @@ pub struct Steps {
     pub compensation: bool,
     /// Passes of greedy changes of single trits; before each and after the last the scales are refitted in closed form.
     pub sweeps: usize,
-    /// Fold the mean error of every output into its bias: `b + W E[x] - Q E[x~]`.
+    /// Fold the mean error of every output into its bias: `b + W E[x] - Q E[x~]`. The steps above then work with moments about the
+    /// means, for no weight needs to make up for a mean.
     pub bias: bool,
     /// Steps of block reconstruction by gradients on every layer.
     pub reconstruction: usize,

@@ -26,33 +26,39 @@ pub(crate) struct Inputs<B: Backend> {
 /// Sums over tokens, each with a weight, of [`Inputs`].
 #[derive(Clone, Debug)]
 pub(crate) struct Moments<B: Backend> {
-    /// `sum w x~ x~^T`: `[in, in]`
+    /// `o [1, in]`: what `x~` is counted from in the sums where they are to be taken about the means: the mean of the first tokens,
+    /// so that little is lost in the difference. None stands for zero.
+    origin: Option<Tensor<B, 2>>,
+    /// `sum w (x~ - o)(x~ - o)^T`: `[in, in]`
     second: Tensor<B, 2>,
-    /// `sum w (x - x~) x~^T [in, in]` and `sum w (x - x~)^2 [1, in]`
-    off: [Tensor<B, 2>; 2],
-    /// `sum w x~`: `[1, in]`
+    /// `sum w (x - x~)(x~ - o)^T [in, in]`, `sum w (x - x~)^2` and `sum w (x - x~) [1, in]`
+    off: [Tensor<B, 2>; 3],
+    /// `sum w (x~ - o)`: `[1, in]`
     student: Tensor<B, 2>,
-    /// `sum w x`: `[1, in]`
-    teacher: Tensor<B, 2>,
-    /// `sum w e x~^T [out, in]`, `sum w e^2` and `sum w e [1, out]`, where there is an `e`.
+    /// `sum w e (x~ - o)^T [out, in]`, `sum w e^2` and `sum w e [1, out]`, where there is an `e`.
     lack: Option<[Tensor<B, 2>; 3]>,
     /// `sum w`
     weight: f64,
-    /// Tokens that this rests on, those of a prior among them.
+    /// `sum w^2`
+    square_weight: f64,
+    /// Tokens of equal weight that this rests on, those of a prior among them.
     evidence: f64,
     /// How many tokens there were.
     pub(crate) tokens: usize,
 }
 
 impl<B: Backend> Moments<B> {
-    pub(crate) fn new(in_features: usize, device: &B::Device) -> Self {
+    /// Of no tokens. `about_means` where a bias follows, which makes up for any mean error: then that is none of a weight's.
+    pub(crate) fn new(in_features: usize, about_means: bool, device: &B::Device) -> Self {
+        let zeros = |rows| Tensor::zeros([rows, in_features], device);
         Self {
-            second: Tensor::zeros([in_features, in_features], device),
-            off: [in_features, 1].map(|rows| Tensor::zeros([rows, in_features], device)),
-            student: Tensor::zeros([1, in_features], device),
-            teacher: Tensor::zeros([1, in_features], device),
+            origin: about_means.then(|| zeros(1)),
+            second: zeros(in_features),
+            off: [in_features, 1, 1].map(zeros),
+            student: zeros(1),
             lack: None,
             weight: 0.0,
+            square_weight: 0.0,
             evidence: 0.0,
             tokens: 0,
         }
@@ -66,32 +72,69 @@ impl<B: Backend> Moments<B> {
             Some(weights) => x.clone() * weights.clone(),
             None => x.clone(),
         };
-        // `sum w x x~^T`, `sum w x^2` and `sum w x`.
-        let sums = |x: Tensor<B, 2>| {
-            let weighted = weighted(&x);
+        let [weight, square_weight] = match &weights {
+            Some(weights) => [sum(weights.clone()), sum(weights.clone().square())],
+            None => [tokens as f64; 2],
+        };
+        let off = teacher - student.clone();
+        if self.weight <= 0.0 && weight > 0.0 {
+            self.origin = self.origin.as_ref().map(|_| weighted(&student).sum_dim(0) / weight as f32);
+        }
+        let student = match &self.origin {
+            Some(origin) => student - origin.clone(),
+            None => student,
+        };
+        // `sum w y x^T`, `sum w y^2` and `sum w y`.
+        let sums = |y: Tensor<B, 2>| {
+            let weighted = weighted(&y);
             [
                 weighted.clone().transpose().matmul(student.clone()),
-                (weighted.clone() * x).sum_dim(0),
+                (weighted.clone() * y).sum_dim(0),
                 weighted.sum_dim(0),
             ]
         };
-        let plus = |before: &Tensor<B, 2>, now| before.clone() + now;
+        let plus = |before: &[Tensor<B, 2>; 3], now: [Tensor<B, 2>; 3]| {
+            [0, 1, 2].map(|sum| before[sum].clone() + now[sum].clone())
+        };
         if let Some(lack) = lack {
             let now = sums(lack);
             self.lack = Some(match &self.lack {
-                Some(before) => [0, 1, 2].map(|sum| plus(&before[sum], now[sum].clone())),
+                Some(before) => plus(before, now),
                 None => now,
             });
         }
+        self.off = plus(&self.off, sums(off));
         let [second, _, mean] = sums(student.clone());
-        let [cross, squares, _] = sums(teacher.clone() - student.clone());
-        self.off = [plus(&self.off[0], cross), plus(&self.off[1], squares)];
-        self.second = plus(&self.second, second);
-        self.student = plus(&self.student, mean);
-        self.teacher = plus(&self.teacher, weighted(&teacher).sum_dim(0));
-        self.weight += weights.map_or(tokens as f64, sum);
-        self.evidence += tokens as f64;
+        self.second = self.second.clone() + second;
+        self.student = self.student.clone() + mean;
+        self.weight += weight;
+        self.square_weight += square_weight;
+        // As many tokens of equal weight tell as much (Kish's effective sample size).
+        self.evidence = self.weight.powi(2) / self.square_weight.max(f64::MIN_POSITIVE);
         self.tokens += tokens;
+    }
+
+    /// The moments about the means, if they are to be. First of all, for what is mixed in later has no means.
+    fn centered(&self) -> Self {
+        let Some(origin) = self.origin.as_ref().filter(|_| self.weight > 0.0) else {
+            return self.clone();
+        };
+        let part = (1.0 / self.weight) as f32;
+        // `sum w y x^T` and `sum w y^2` without what the means contribute, from `sum w y`.
+        let products = |all: &Tensor<B, 2>, sum: &Tensor<B, 2>| {
+            all.clone() - sum.clone().transpose().matmul(self.student.clone() * part)
+        };
+        let about = |[cross, squares, sum]: &[Tensor<B, 2>; 3]| {
+            [products(cross, sum), squares.clone() - sum.clone().square() * part, sum.clone()]
+        };
+        Self {
+            origin: None,
+            second: products(&self.second, &self.student),
+            off: about(&self.off),
+            student: self.student.clone() + origin.clone() * self.weight as f32,
+            lack: self.lack.as_ref().map(about),
+            ..self.clone()
+        }
     }
 
     /// The moments with `prior` mixed in as if it were `strength` more tokens (a rare expert leans on its layer's mean).
@@ -99,44 +142,52 @@ impl<B: Backend> Moments<B> {
         if prior.weight == 0.0 {
             return self.clone();
         }
+        let (this, prior) = (self.centered(), prior.centered());
         // Both as means, weighted by numbers of tokens.
-        let own = self.tokens as f64 / (self.tokens as f64 + strength);
+        let own = this.evidence / (this.evidence + strength);
         let scale = |sum: &Tensor<B, 2>, weight: f64, share: f64| {
             sum.clone() * (if weight > 0.0 { share / weight } else { 0.0 }) as f32
         };
-        let mix = |a: &Tensor<B, 2>, b: &Tensor<B, 2>| scale(a, self.weight, own) + scale(b, prior.weight, 1.0 - own);
+        let mix = |a: &Tensor<B, 2>, b: &Tensor<B, 2>| scale(a, this.weight, own) + scale(b, prior.weight, 1.0 - own);
+        let [cross, squares, off] = &this.off;
+        let [prior_cross, prior_squares, _] = &prior.off;
         Self {
-            second: mix(&self.second, &prior.second),
-            off: [0, 1].map(|sum| mix(&self.off[sum], &prior.off[sum])),
-            student: scale(&self.student, self.weight, 1.0),
-            teacher: scale(&self.teacher, self.weight, 1.0),
-            lack: self.lack.as_ref().map(|sums| sums.each_ref().map(|sum| scale(sum, self.weight, own))),
-            weight: if self.weight > 0.0 { 1.0 } else { 0.0 },
-            evidence: self.evidence + strength.min(prior.evidence),
-            tokens: self.tokens,
+            second: mix(&this.second, &prior.second),
+            off: [mix(cross, prior_cross), mix(squares, prior_squares), scale(off, this.weight, 1.0)],
+            student: scale(&this.student, this.weight, 1.0),
+            lack: this.lack.as_ref().map(|sums| sums.each_ref().map(|sum| scale(sum, this.weight, own))),
+            weight: if this.weight > 0.0 { 1.0 } else { 0.0 },
+            evidence: this.evidence + strength.min(prior.evidence),
+            ..this
         }
     }
 
     /// The moments with the mean of their diagonal mixed in, as `strength` more tokens without correlations.
     pub(crate) fn shrunk_to_diagonal(&self, strength: f64) -> Self {
-        let n = self.second.dims()[0];
-        let mean = diagonal_mean(&self.second);
-        let identity = Tensor::<B, 2>::eye(n, &self.second.device());
-        let own = self.tokens as f64 / (self.tokens as f64 + strength);
-        let second = self.second.clone() * own as f32 + identity * ((1.0 - own) as f32 * mean);
+        let this = self.centered();
+        let n = this.second.dims()[0];
+        let mean = diagonal_mean(&this.second);
+        let identity = Tensor::<B, 2>::eye(n, &this.second.device());
+        let own = this.evidence / (this.evidence + strength);
         let less = |sum: &Tensor<B, 2>| sum.clone() * own as f32;
-        let (off, lack) = (self.off.each_ref().map(less), self.lack.as_ref().map(|sums| sums.each_ref().map(less)));
-        Self { second, off, lack, ..self.clone() }
+        let [cross, squares, off] = &this.off;
+        Self {
+            second: less(&this.second) + identity * ((1.0 - own) as f32 * mean),
+            off: [less(cross), less(squares), off.clone()],
+            lack: this.lack.as_ref().map(|sums| sums.each_ref().map(less)),
+            ..this
+        }
     }
 
     /// What the steps work with, or `None` where no token came or every input was zero.
     pub(crate) fn statistics(&self) -> Option<Statistics<B>> {
-        let n = self.second.dims()[0];
-        if self.weight <= 0.0 {
+        let this = self.centered();
+        let n = this.second.dims()[0];
+        if this.weight <= 0.0 {
             return None;
         }
-        let mean = |sum: &Tensor<B, 2>| sum.clone() / self.weight as f32;
-        let second = mean(&self.second);
+        let mean = |sum: &Tensor<B, 2>| sum.clone() / this.weight as f32;
+        let second = mean(&this.second);
         let diagonal = diagonal_mean(&second);
         if !(diagonal.is_finite() && diagonal > 0.0) {
             return None;
@@ -149,21 +200,21 @@ impl<B: Backend> Moments<B> {
         // Times (H + l I)^-1, which is U^T U.
         let solved = |cross: Tensor<B, 2>| cross.matmul(target.clone().transpose()).matmul(target.clone());
         let believed = |cross: &Tensor<B, 2>, squares: &Tensor<B, 2>| {
-            self.believed(solved(mean(cross)), mean(cross), mean(squares).transpose())
+            this.believed(solved(mean(cross)), mean(cross), mean(squares).transpose())
         };
-        let [cross, squares] = &self.off;
+        let [cross, squares, off] = &this.off;
         // The inputs, and what they tell of how far they are off the teacher's.
         let regression = believed(cross, squares) + Tensor::eye(n, &device);
-        let lack = self.lack.as_ref();
+        let lack = this.lack.as_ref();
         let lack = lack.map(|[cross, squares, sum]| Lack { weight: believed(cross, squares), mean: mean(sum) });
         Some(Statistics {
             second,
             factor,
             regression,
-            student: mean(&self.student),
-            teacher: mean(&self.teacher),
+            student: mean(&this.student),
+            teacher: mean(&(this.student.clone() + off.clone())),
             lack,
-            tokens: self.tokens,
+            tokens: this.tokens,
         })
     }
 
@@ -192,7 +243,7 @@ pub(crate) struct Lack<B: Backend> {
 /// What the steps of a method work with.
 #[derive(Clone, Debug)]
 pub(crate) struct Statistics<B: Backend> {
-    /// `H = E[x~ x~^T]`: `[in, in]`
+    /// `H = E[x~ x~^T]`, about the means where a bias follows: `[in, in]`
     pub(crate) second: Tensor<B, 2>,
     /// Upper triangular `U [in, in]` with `inverse(H + damping) = U^T U`, row-major.
     pub(crate) factor: Vec<f32>,
@@ -237,7 +288,7 @@ mod tests {
         let inputs = numbers(TOKENS * INPUTS);
         let lack = inputs.chunks(INPUTS).flat_map(|x| [2.0 * x[0], 2.0 * x[1] + 1.0]).collect();
         let inputs = tensor(inputs, INPUTS);
-        let mut moments = Moments::new(INPUTS, &device);
+        let mut moments = Moments::new(INPUTS, false, &device);
         let inputs = Inputs { student: inputs.clone(), teacher: inputs, lack: Some(tensor(lack, 2)) };
         moments.add(inputs, weights.map(|weight| Tensor::full([TOKENS, 1], weight, &device)));
         moments
@@ -272,6 +323,62 @@ mod tests {
     }
 
     #[test]
+    fn centered_moments_do_not_see_means() {
+        let device = Default::default();
+        let tensor =
+            |values: &[f32]| Tensor::<Flex, 2>::from_data(TensorData::new(values.to_vec(), [TOKENS, INPUTS]), &device);
+        let numbers = numbers(4 * TOKENS * INPUTS);
+        let parts: Vec<_> = numbers.chunks(TOKENS * INPUTS).map(tensor).collect();
+        let weights = parts[3].clone().slice_dim(1, 0..1) + 1.0;
+        let moved = |means: [f32; 3]| {
+            let [student, teacher, lack] = [0, 1, 2].map(|i| parts[i].clone() + means[i]);
+            let mut moments = Moments::new(INPUTS, true, &device);
+            moments.add(Inputs { student, teacher, lack: Some(lack) }, Some(weights.clone()));
+            let Statistics { second, regression, lack, .. } = moments.statistics().unwrap();
+            let Lack { weight, mean } = lack.unwrap();
+            ([second, regression, weight].map(host), host(mean))
+        };
+        let ((still, mean), (moved, moved_mean)) = (moved([0.0; 3]), moved([0.5, -2.0, 3.0]));
+        for (still, moved) in still.into_iter().flatten().zip(moved.into_iter().flatten()) {
+            assert!((still - moved).abs() < 1e-3, "{still} {moved}");
+        }
+        // The bias needs those of what is lacking.
+        for (still, moved) in mean.into_iter().zip(moved_mean) {
+            assert!((still + 3.0 - moved).abs() < 1e-3, "{still} {moved}");
+        }
+    }
+
+    #[test]
+    fn large_means_leave_an_inverse() {
+        let x = Tensor::<Flex, 2>::from_data(
+            TensorData::new(numbers(TOKENS * INPUTS), [TOKENS, INPUTS]),
+            &Default::default(),
+        );
+        for mean in [1e3, 1e6] {
+            let x = x.clone() + mean;
+            let mut moments = Moments::new(INPUTS, true, &x.device());
+            moments.add(Inputs { student: x.clone(), teacher: x, lack: None }, None);
+            let statistics = moments.statistics().unwrap();
+            assert!(statistics.factor.iter().chain(&host(statistics.regression)).all(|x| x.is_finite()), "{mean}");
+        }
+    }
+
+    #[test]
+    fn tokens_of_little_weight_are_little_evidence() {
+        let device = Default::default();
+        let evidence = |weights: [f32; 4]| {
+            let x = Tensor::<Flex, 2>::ones([4, 2], &device);
+            let mut moments = Moments::new(2, false, &device);
+            let weights = Tensor::from_data(TensorData::new(weights.to_vec(), [4, 1]), &device);
+            moments.add(Inputs { student: x.clone(), teacher: x, lack: None }, Some(weights));
+            moments.evidence
+        };
+        assert_eq!(evidence([0.5; 4]), 4.0);
+        assert_eq!(evidence([3.0, 0.0, 3.0, 0.0]), 2.0);
+        assert!(evidence([1.0, 1e-3, 1e-3, 1e-3]) < 1.01);
+    }
+
+    #[test]
     fn chance_is_not_believed() {
         let (tokens, device) = (2 * INPUTS, Default::default());
         let numbers = numbers(3 * tokens * INPUTS);
@@ -280,7 +387,7 @@ mod tests {
         let parts: Vec<_> = numbers.chunks(tokens * INPUTS).map(tensor).collect();
         let student = parts[0].clone();
         let squares = |teacher: &Tensor<Flex, 2>, lack: &Tensor<Flex, 2>, evidence: Option<f64>| {
-            let mut moments = Moments::new(INPUTS, &device);
+            let mut moments = Moments::new(INPUTS, false, &device);
             let (teacher, lack) = (teacher.clone(), Some(lack.clone()));
             moments.add(Inputs { student: student.clone(), teacher, lack }, None);
             moments.evidence = evidence.unwrap_or(moments.evidence);

@@ -258,7 +258,8 @@ impl LayerReport {
 pub struct MatrixReport {
     /// Its path in the model, with the number that the expert has in the full-precision model.
     pub name: String,
-    /// Squared error of its outputs over their square, on the calibration text; of its weights where there was none.
+    /// Squared error of its outputs over their square, on the calibration text, about the means where a bias makes up for those; of
+    /// its weights where there was no text.
     pub relative_error: f64,
     /// Trits a weight of it is the sum of.
     pub planes: usize,

@@ -185,7 +185,7 @@ mod tests {
             dead.iter().for_each(|i| row[*i] = 0.0);
         }
         let inputs = Tensor::<B, 2>::from_data(TensorData::new(inputs, [tokens, in_features]), &device);
-        let mut moments = Moments::new(in_features, &device);
+        let mut moments = Moments::new(in_features, false, &device);
         moments.add(Inputs { student: inputs.clone(), teacher: inputs, lack: None }, None);
         moments.statistics()
     }
