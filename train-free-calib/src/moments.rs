@@ -39,8 +39,10 @@ pub(crate) struct Moments<B: Backend> {
     lack: Option<[Tensor<B, 2>; 3]>,
     /// `sum w`
     weight: f64,
-    /// `sum w^2`
-    square_weight: f64,
+    /// `sum w^2` and `sum sqrt w`
+    other_weights: [f64; 2],
+    /// What the outputs are multiplied by before they are added to the stream: an expert's mean weight, for `w` is its square, or 1.
+    part: f64,
     /// Tokens of equal weight that this rests on, those of a prior among them.
     evidence: f64,
     /// How many tokens there were.
@@ -58,7 +60,8 @@ impl<B: Backend> Moments<B> {
             student: zeros(1),
             lack: None,
             weight: 0.0,
-            square_weight: 0.0,
+            other_weights: [0.0; 2],
+            part: 1.0,
             evidence: 0.0,
             tokens: 0,
         }
@@ -72,9 +75,9 @@ impl<B: Backend> Moments<B> {
             Some(weights) => x.clone() * weights.clone(),
             None => x.clone(),
         };
-        let [weight, square_weight] = match &weights {
-            Some(weights) => [sum(weights.clone()), sum(weights.clone().square())],
-            None => [tokens as f64; 2],
+        let [weight, squares, roots] = match &weights {
+            Some(weights) => [weights.clone(), weights.clone().square(), weights.clone().sqrt()].map(sum),
+            None => [tokens as f64; 3],
         };
         let off = teacher - student.clone();
         if self.weight <= 0.0 && weight > 0.0 {
@@ -108,9 +111,11 @@ impl<B: Backend> Moments<B> {
         self.second = self.second.clone() + second;
         self.student = self.student.clone() + mean;
         self.weight += weight;
-        self.square_weight += square_weight;
+        self.other_weights = [self.other_weights[0] + squares, self.other_weights[1] + roots];
+        let [squares, roots] = self.other_weights.map(|sum| sum.max(f64::MIN_POSITIVE));
         // As many tokens of equal weight tell as much (Kish's effective sample size).
-        self.evidence = self.weight.powi(2) / self.square_weight.max(f64::MIN_POSITIVE);
+        self.evidence = self.weight.powi(2) / squares;
+        self.part = self.weight / roots;
         self.tokens += tokens;
     }
 
@@ -199,14 +204,15 @@ impl<B: Backend> Moments<B> {
         let target = Tensor::from_data(burn::tensor::TensorData::new(target, [n, n]), &device);
         // Times (H + l I)^-1, which is U^T U.
         let solved = |cross: Tensor<B, 2>| cross.matmul(target.clone().transpose()).matmul(target.clone());
-        let believed = |cross: &Tensor<B, 2>, squares: &Tensor<B, 2>| {
-            this.believed(solved(mean(cross)), mean(cross), mean(squares).transpose())
+        let believed = |cross: &Tensor<B, 2>, squares: &Tensor<B, 2>, part: f64| {
+            this.believed(solved(mean(cross)), mean(cross), mean(squares).transpose(), part)
         };
         let [cross, squares, off] = &this.off;
         // The inputs, and what they tell of how far they are off the teacher's.
-        let regression = believed(cross, squares) + Tensor::eye(n, &device);
+        let regression = believed(cross, squares, 1.0) + Tensor::eye(n, &device);
         let lack = this.lack.as_ref();
-        let lack = lack.map(|[cross, squares, sum]| Lack { weight: believed(cross, squares), mean: mean(sum) });
+        let lack =
+            lack.map(|[cross, squares, sum]| Lack { weight: believed(cross, squares, this.part), mean: mean(sum) });
         Some(Statistics {
             second,
             factor,
@@ -218,15 +224,21 @@ impl<B: Backend> Moments<B> {
         })
     }
 
-    /// What to believe of the `weight [out, in]` of a regression, `cross` being the products of its outputs and inputs, and `all [out,
-    /// 1]` the squares of its outputs: as many inputs that tell nothing would explain so much of the rest by themselves (James and
-    /// Stein's estimator, for each output).
-    fn believed(&self, weight: Tensor<B, 2>, cross: Tensor<B, 2>, all: Tensor<B, 2>) -> Tensor<B, 2> {
+    /// What to believe of a regression's `weight [out, in]`, `cross` being the products of its outputs and inputs, and `all [out, 1]`
+    /// the squares of its outputs. As many inputs that tell nothing would explain so much of the rest by themselves (James and
+    /// Stein's estimator, for each output): `s = r / (p r' + (1 - p) r)`, of the share `r'` that is explained and what of it is no
+    /// chance, `r`. With `p < 1` this is one of several regressions of the same outputs that are added up, each times `p`: what is real
+    /// adds up, chance cancels.
+    fn believed(&self, weight: Tensor<B, 2>, cross: Tensor<B, 2>, all: Tensor<B, 2>, part: f64) -> Tensor<B, 2> {
         let inputs = self.second.dims()[0] as f64;
-        let explained = (weight.clone() * cross).sum_dim(1);
-        let chance = (all - explained.clone()).clamp_min(0.0) * inputs as f32;
-        let found = (explained * (self.evidence - inputs).max(0.0) as f32).clamp_min(f32::MIN_POSITIVE);
-        weight * ((found.clone() - chance) / found).clamp(0.0, 1.0)
+        let rest = (self.evidence - inputs).max(0.0);
+        // Shares times `all` and `rest`, so that nothing is divided by zero.
+        let found = (weight.clone() * cross).sum_dim(1);
+        let chance = (all - found.clone()).clamp_min(0.0) * inputs as f32;
+        let found = (found * rest as f32).clamp_min(f32::MIN_POSITIVE);
+        let real = (found.clone() - chance).clamp_min(0.0);
+        let sum = found * part as f32 + real.clone() * (1.0 - part) as f32;
+        weight * (real / sum.clamp_min(f32::MIN_POSITIVE)).clamp(0.0, 1.0)
     }
 }
 
@@ -346,6 +358,25 @@ mod tests {
         for (still, moved) in mean.into_iter().zip(moved_mean) {
             assert!((still + 3.0 - moved).abs() < 1e-3, "{still} {moved}");
         }
+    }
+
+    #[test]
+    fn chance_counts_less_where_experts_share_it() {
+        let device = Default::default();
+        let numbers = numbers(2 * TOKENS * INPUTS);
+        let tensor =
+            |values: &[f32]| Tensor::<Flex, 2>::from_data(TensorData::new(values.to_vec(), [TOKENS, INPUTS]), &device);
+        let (x, noise) = (tensor(&numbers[..TOKENS * INPUTS]), tensor(&numbers[TOKENS * INPUTS..]));
+        // A fortieth of it is real.
+        let lack = x.clone() * 0.16 + noise;
+        let found = |weight: Option<f32>| {
+            let mut moments = Moments::new(INPUTS, false, &device);
+            let inputs = Inputs { student: x.clone(), teacher: x.clone(), lack: Some(lack.clone()) };
+            moments.add(inputs, weight.map(|p| Tensor::full([TOKENS, 1], p * p, &device)));
+            sum(moments.statistics().unwrap().lack.unwrap().weight * Tensor::eye(INPUTS, &device)) / INPUTS as f64
+        };
+        let (alone, shared) = (found(None), found(Some(0.25)));
+        assert!(alone < 0.12 && shared > 1.15 * alone && shared < 0.16, "{alone} {shared}");
     }
 
     #[test]
