@@ -216,19 +216,12 @@ macro_rules! vector_products {
                     let ahead = from.cast::<u8>().wrapping_add(if row == 0 { AHEAD } else { 0 });
                     // SAFETY: these rows of `a`, these panels and their place in the sums are there, as checked above.
                     row += unsafe {
+                        let (factors, out) = ((factors, a.stride), (out, sums.stride));
                         match (rows - row >= ROWS, together > 1) {
-                            (true, true) => {
-                                tile::<ROWS, PANELS, T>(factors, a.stride, from, ahead, b, inner, out, sums.stride)
-                            }
-                            (true, false) => {
-                                tile::<ROWS, 1, T>(factors, a.stride, from, ahead, b, inner, out, sums.stride)
-                            }
-                            (false, true) => {
-                                tile::<1, PANELS, T>(factors, a.stride, from, ahead, b, inner, out, sums.stride)
-                            }
-                            (false, false) => {
-                                tile::<1, 1, T>(factors, a.stride, from, ahead, b, inner, out, sums.stride)
-                            }
+                            (true, true) => tile::<ROWS, PANELS, T>(factors, from, ahead, b, inner, out),
+                            (true, false) => tile::<ROWS, 1, T>(factors, from, ahead, b, inner, out),
+                            (false, true) => tile::<1, PANELS, T>(factors, from, ahead, b, inner, out),
+                            (false, false) => tile::<1, 1, T>(factors, from, ahead, b, inner, out),
                         }
                     };
                 }
@@ -245,14 +238,12 @@ macro_rules! vector_products {
         #[inline]
         #[target_feature(enable = $features)]
         unsafe fn tile<const R: usize, const P: usize, T: Load>(
-            a: *const f32,
-            a_stride: usize,
+            (a, a_stride): (*const f32, usize),
             from: *const T,
             ahead: *const u8,
             b: Panels<'_>,
             inner: usize,
-            out: *mut f32,
-            out_stride: usize,
+            (out, out_stride): (*mut f32, usize),
         ) -> usize {
             // SAFETY: every address below is of a row, a panel's row or a place that the caller promises.
             unsafe {
