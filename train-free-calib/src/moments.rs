@@ -39,8 +39,10 @@ pub(crate) struct Moments<B: Backend> {
     lack: Option<[Tensor<B, 2>; 3]>,
     /// `sum w`
     weight: f64,
-    /// `sum w^2` and `sum sqrt w`
-    other_weights: [f64; 2],
+    /// `sum w^2`
+    weight_squares: f64,
+    /// `sum sqrt w`
+    weight_roots: f64,
     /// What the outputs are multiplied by before they are added to the stream: an expert's mean weight, for `w` is its square, or 1.
     part: f64,
     /// Tokens of equal weight that this rests on, those of a prior among them.
@@ -60,7 +62,8 @@ impl<B: Backend> Moments<B> {
             student: zeros(1),
             lack: None,
             weight: 0.0,
-            other_weights: [0.0; 2],
+            weight_squares: 0.0,
+            weight_roots: 0.0,
             part: 1.0,
             evidence: 0.0,
             tokens: 0,
@@ -111,11 +114,11 @@ impl<B: Backend> Moments<B> {
         self.second = self.second.clone() + second;
         self.student = self.student.clone() + mean;
         self.weight += weight;
-        self.other_weights = [self.other_weights[0] + squares, self.other_weights[1] + roots];
-        let [squares, roots] = self.other_weights.map(|sum| sum.max(f64::MIN_POSITIVE));
+        self.weight_squares += squares;
+        self.weight_roots += roots;
         // As many tokens of equal weight tell as much (Kish's effective sample size).
-        self.evidence = self.weight.powi(2) / squares;
-        self.part = self.weight / roots;
+        self.evidence = self.weight.powi(2) / self.weight_squares.max(f64::MIN_POSITIVE);
+        self.part = self.weight / self.weight_roots.max(f64::MIN_POSITIVE);
         self.tokens += tokens;
     }
 
@@ -148,7 +151,7 @@ impl<B: Backend> Moments<B> {
             return self.clone();
         }
         let (this, prior) = (self.centered(), prior.centered());
-        // Both as means, weighted by numbers of tokens.
+        // Both as means, weighted by what they rest on.
         let own = this.evidence / (this.evidence + strength);
         let scale = |sum: &Tensor<B, 2>, weight: f64, share: f64| {
             sum.clone() * (if weight > 0.0 { share / weight } else { 0.0 }) as f32
@@ -293,6 +296,12 @@ mod tests {
         numbers.new_tree(&mut TestRunner::deterministic()).unwrap().current()
     }
 
+    /// As many tokens as there are numbers for.
+    fn tensor(values: &[f32]) -> Tensor<Flex, 2> {
+        let data = TensorData::new(values.to_vec(), [values.len() / INPUTS, INPUTS]);
+        Tensor::from_data(data, &Default::default())
+    }
+
     /// What the stream lacks is twice the first two inputs, and one more in the second output.
     fn moments(weights: Option<f32>) -> Moments<Flex> {
         let device = Default::default();
@@ -337,8 +346,6 @@ mod tests {
     #[test]
     fn centered_moments_do_not_see_means() {
         let device = Default::default();
-        let tensor =
-            |values: &[f32]| Tensor::<Flex, 2>::from_data(TensorData::new(values.to_vec(), [TOKENS, INPUTS]), &device);
         let numbers = numbers(4 * TOKENS * INPUTS);
         let parts: Vec<_> = numbers.chunks(TOKENS * INPUTS).map(tensor).collect();
         let weights = parts[3].clone().slice_dim(1, 0..1) + 1.0;
@@ -364,8 +371,6 @@ mod tests {
     fn chance_counts_less_where_experts_share_it() {
         let device = Default::default();
         let numbers = numbers(2 * TOKENS * INPUTS);
-        let tensor =
-            |values: &[f32]| Tensor::<Flex, 2>::from_data(TensorData::new(values.to_vec(), [TOKENS, INPUTS]), &device);
         let (x, noise) = (tensor(&numbers[..TOKENS * INPUTS]), tensor(&numbers[TOKENS * INPUTS..]));
         // A fortieth of it is real.
         let lack = x.clone() * 0.16 + noise;
@@ -381,10 +386,7 @@ mod tests {
 
     #[test]
     fn large_means_leave_an_inverse() {
-        let x = Tensor::<Flex, 2>::from_data(
-            TensorData::new(numbers(TOKENS * INPUTS), [TOKENS, INPUTS]),
-            &Default::default(),
-        );
+        let x = tensor(&numbers(TOKENS * INPUTS));
         for mean in [1e3, 1e6] {
             let x = x.clone() + mean;
             let mut moments = Moments::new(INPUTS, true, &x.device());
@@ -413,8 +415,6 @@ mod tests {
     fn chance_is_not_believed() {
         let (tokens, device) = (2 * INPUTS, Default::default());
         let numbers = numbers(3 * tokens * INPUTS);
-        let tensor =
-            |values: &[f32]| Tensor::<Flex, 2>::from_data(TensorData::new(values.to_vec(), [tokens, INPUTS]), &device);
         let parts: Vec<_> = numbers.chunks(tokens * INPUTS).map(tensor).collect();
         let student = parts[0].clone();
         let squares = |teacher: &Tensor<Flex, 2>, lack: &Tensor<Flex, 2>, evidence: Option<f64>| {
