@@ -3,7 +3,7 @@
 
 use burn::{
     backend::Autodiff,
-    module::Module,
+    module::{Module, Param},
     nn::{self, LinearConfig},
     tensor::{Tensor, TensorData, backend::Backend},
 };
@@ -124,33 +124,36 @@ fn the_weight_distribution_is_preserved() {
     }
 }
 
-/// Activations and weights quantized and multiplied element by element, in double precision.
-fn naive(
+/// Activations and weights quantized and multiplied element by element, in double precision; with each output how far it may be off
+/// because float32's resolution decides to which side an activation is rounded.
+///
+/// The weights are quantized on the backend in question, so that it decides their ties: what it must find has tests of its own.
+fn naive<B: Backend>(
     x: &[f32],
-    layer: &nn::Linear<Flex>,
-    config: &TernaryConfig,
-    [tokens, inputs, outputs]: [usize; 3],
-) -> Vec<f64> {
-    let TernaryConfig { granularity, rotation, .. } = *config;
-    let weight = layer.weight.val().transpose();
+    weight: Tensor<B, 2>,
+    bias: &[f32],
+    TernaryConfig { granularity, rotation, .. }: TernaryConfig,
+) -> Vec<(f64, f64)> {
+    let inputs = weight.dims()[1];
     let weight = rotation.map_or(weight.clone(), |rotation| rotate(weight, rotation));
     let ternary = host(absmean(weight, granularity).to_dense());
-    let bias = layer.bias.as_ref().map(|bias| host(bias.val()));
     let mut y = Vec::new();
-    for token in x.chunks(inputs).take(tokens) {
+    for token in x.chunks(inputs) {
         let mut token = token.to_vec();
         if let Some(rotation) = rotation {
             rotation.rotate(&mut token);
         }
         let scale = token.iter().fold(0f32, |max, value| max.max(value.abs())) / 127.0;
-        let quantized = |value: f32| match scale {
-            0.0 => 0.0,
-            _ => f64::from((value / scale).round_ties_even().clamp(-127.0, 127.0)) * f64::from(scale),
-        };
-        for output in 0..outputs {
-            let row = &ternary[output * inputs..(output + 1) * inputs];
-            let dot: f64 = token.iter().zip(row).map(|(x, w)| quantized(*x) * f64::from(*w)).sum();
-            y.push(dot + bias.as_ref().map_or(0.0, |bias| f64::from(bias[output])));
+        for (row, bias) in ternary.chunks(inputs).zip(bias) {
+            let (mut dot, mut ties) = (f64::from(*bias), 0.0);
+            for (value, weight) in token.iter().map(|value| value / scale).zip(row) {
+                let step = f64::from(scale) * f64::from(*weight);
+                dot += f64::from(value.round_ties_even().clamp(-127.0, 127.0)) * step;
+                if (value.abs().fract() - 0.5).abs() < 1e-4 {
+                    ties += step.abs();
+                }
+            }
+            y.push((dot, ties));
         }
     }
     y
@@ -161,25 +164,21 @@ fn equals_the_naive_loop<B: TernaryBackend>() {
         for granularity in GRANULARITIES {
             for (format, rotation) in [(CodeFormat::T2, None), (CodeFormat::T5, None), (CodeFormat::T2, ROTATION)] {
                 let config = TernaryConfig { granularity, format, rotation };
-                let device = Default::default();
-                let layer = LinearConfig::new(inputs, outputs).init::<Flex>(&device);
-                let on_backend = nn::Linear {
-                    weight: burn::module::Param::from_data(layer.weight.val().into_data(), &Default::default()),
-                    bias: layer
-                        .bias
-                        .as_ref()
-                        .map(|bias| burn::module::Param::from_data(bias.val().into_data(), &Default::default())),
+                let (weight, bias) = (random::<B>([outputs, inputs], 17), random::<B>([1, outputs], 19));
+                let layer = nn::Linear {
+                    weight: Param::from_tensor(weight.clone().transpose()),
+                    bias: Some(Param::from_tensor(bias.clone().squeeze_dim(0))),
                 };
                 let x = random::<B>([tokens, inputs], 11);
-                let latent = BitLinear::<B>::from_linear(&on_backend, &config);
+                let latent = BitLinear::<B>::from_linear(&layer, &config);
                 let packed = latent.clone().pack().unwrap();
                 assert!(matches!(packed.weight, BitWeight::Packed(_)));
-                let expected = naive(&host(x.clone()), &layer, &config, [tokens, inputs, outputs]);
-                let size = expected.iter().fold(0f64, |max, value| max.max(value.abs()));
+                let expected = naive(&host(x.clone()), weight, &host(bias), config);
+                let size = expected.iter().fold(0f64, |max, (value, _)| max.max(value.abs()));
                 for y in [host(latent.forward(x.clone())), host(packed.forward(x))] {
-                    for (found, expected) in y.iter().zip(&expected) {
+                    for (found, (expected, ties)) in y.iter().zip(&expected) {
                         let error = (f64::from(*found) - expected).abs();
-                        assert!(error <= 1e-5 * size, "{found}, expected {expected} ({config:?})");
+                        assert!(error <= 1e-5 * size + ties, "{found}, expected {expected} ({config:?})");
                     }
                 }
             }
@@ -261,7 +260,7 @@ fn packed_scales_have_the_gradient_of_finite_differences() {
             let BitWeight::Packed(packed) = &mut layer.weight else { panic!("packed") };
             let mut scales = scales.clone();
             scales[row] *= factor;
-            packed.row_scales = burn::module::Param::from_data(TensorData::new(scales, [1, 1, 4]), &device);
+            packed.row_scales = Param::from_data(TensorData::new(scales, [1, 1, 4]), &device);
             f64::from(loss(&layer).into_scalar())
         };
         let difference = (shifted(1.01) - shifted(0.99)) / (0.02 * f64::from(scales[row]));
@@ -321,12 +320,13 @@ proptest! {
     }
 
     #[test]
-    fn backends_agree_on_codes(rows in 1usize..5, columns in 1usize..200, seed in any::<u64>()) {
+    fn backends_agree_on_weights(rows in 1usize..5, columns in 1usize..200, seed in any::<u64>()) {
         for granularity in GRANULARITIES {
-            let flex = absmean(random::<Flex>([rows, columns], seed), granularity).trits;
-            let ndarray = absmean(random::<NdArray>([rows, columns], seed), granularity).trits;
-            let differing = host(flex).iter().zip(host(ndarray)).filter(|(a, b)| **a != *b).count();
-            // Sums in another order may move a weight that lies on a tie.
+            let flex = host(absmean(random::<Flex>([rows, columns], seed), granularity).to_dense());
+            let ndarray = host(absmean(random::<NdArray>([rows, columns], seed), granularity).to_dense());
+            let largest = flex.iter().fold(0f32, |max, value| max.max(value.abs()));
+            // Sums in another order may move a weight that lies on a tie, and a group's scale by one step.
+            let differing = flex.iter().zip(&ndarray).filter(|(a, b)| (*a - *b).abs() > largest / 250.0).count();
             prop_assert!(differing <= 1);
         }
     }
