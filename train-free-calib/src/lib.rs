@@ -67,6 +67,7 @@ mod pipeline;
 mod prune;
 mod reconstruct;
 mod refine;
+mod regression;
 mod report;
 mod rows;
 mod size;

@@ -1,9 +1,10 @@
 //! Second moments of a linear's inputs: all that calibration needs to know of a text.
 
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{Tensor, TensorData, backend::Backend};
 
 use crate::{
     linalg::inverse_factor,
+    regression::Whitening,
     solution::{host, sum},
 };
 
@@ -47,6 +48,8 @@ pub(crate) struct Moments<B: Backend> {
     part: f64,
     /// Tokens of equal weight that this rests on, those of a prior among them.
     evidence: f64,
+    /// What is on the diagonal of `second` without any tokens.
+    ridge: f32,
     /// How many tokens there were.
     pub(crate) tokens: usize,
 }
@@ -66,6 +69,7 @@ impl<B: Backend> Moments<B> {
             weight_roots: 0.0,
             part: 1.0,
             evidence: 0.0,
+            ridge: 0.0,
             tokens: 0,
         }
     }
@@ -179,10 +183,12 @@ impl<B: Backend> Moments<B> {
         let own = this.evidence / (this.evidence + strength);
         let less = |sum: &Tensor<B, 2>| sum.clone() * own as f32;
         let [cross, squares, off] = &this.off;
+        let ridge = (1.0 - own) as f32 * mean;
         Self {
-            second: less(&this.second) + identity * ((1.0 - own) as f32 * mean),
+            second: less(&this.second) + identity * ridge,
             off: [less(cross), less(squares), off.clone()],
             lack: this.lack.as_ref().map(|sums| sums.each_ref().map(less)),
+            ridge,
             ..this
         }
     }
@@ -204,18 +210,16 @@ impl<B: Backend> Moments<B> {
         let damped = |share: f32| second.clone() + Tensor::eye(n, &device) * (share * diagonal);
         let factor = inverse_factor(&host(damped(DAMPING)), n)?;
         let target = inverse_factor(&host(damped(TARGET_DAMPING)), n)?;
-        let target = Tensor::from_data(burn::tensor::TensorData::new(target, [n, n]), &device);
-        // Times (H + l I)^-1, which is U^T U.
-        let solved = |cross: Tensor<B, 2>| cross.matmul(target.clone().transpose()).matmul(target.clone());
-        let believed = |cross: &Tensor<B, 2>, squares: &Tensor<B, 2>, part: f64| {
-            this.believed(solved(mean(cross)), mean(cross), mean(squares).transpose(), part)
-        };
+        let target = Tensor::from_data(TensorData::new(target, [n, n]), &device);
+        let ridge = TARGET_DAMPING * diagonal + this.ridge / this.weight as f32;
+        let whitening = Whitening::new(target, ridge, this.evidence);
         let [cross, squares, off] = &this.off;
         // The inputs, and what they tell of how far they are off the teacher's.
-        let regression = believed(cross, squares, 1.0) + Tensor::eye(n, &device);
-        let lack = this.lack.as_ref();
-        let lack =
-            lack.map(|[cross, squares, sum]| Lack { weight: believed(cross, squares, this.part), mean: mean(sum) });
+        let regression = whitening.regression(mean(cross), mean(squares), 1.0) + Tensor::eye(n, &device);
+        let lack = this.lack.as_ref().map(|[cross, squares, sum]| Lack {
+            weight: whitening.regression(mean(cross), mean(squares), this.part),
+            mean: mean(sum),
+        });
         Some(Statistics {
             second,
             factor,
@@ -226,29 +230,12 @@ impl<B: Backend> Moments<B> {
             tokens: this.tokens,
         })
     }
-
-    /// What to believe of a regression's `weight [out, in]`, `cross` being the products of its outputs and inputs, and `all [out, 1]`
-    /// the squares of its outputs. As many inputs that tell nothing would explain so much of the rest by themselves (James and
-    /// Stein's estimator, for each output): `s = r / (p r' + (1 - p) r)`, of the share `r'` that is explained and what of it is no
-    /// chance, `r`. With `p < 1` this is one of several regressions of the same outputs that are added up, each times `p`: what is real
-    /// adds up, chance cancels.
-    fn believed(&self, weight: Tensor<B, 2>, cross: Tensor<B, 2>, all: Tensor<B, 2>, part: f64) -> Tensor<B, 2> {
-        let inputs = self.second.dims()[0] as f64;
-        let rest = (self.evidence - inputs).max(0.0);
-        // Shares times `all` and `rest`, so that nothing is divided by zero.
-        let found = (weight.clone() * cross).sum_dim(1);
-        let chance = (all - found.clone()).clamp_min(0.0) * inputs as f32;
-        let found = (found * rest as f32).clamp_min(f32::MIN_POSITIVE);
-        let real = (found.clone() - chance).clamp_min(0.0);
-        let sum = found * part as f32 + real.clone() * (1.0 - part) as f32;
-        weight * (real / sum.clamp_min(f32::MIN_POSITIVE)).clamp(0.0, 1.0)
-    }
 }
 
 /// What the student's residual stream lacks of the teacher's.
 #[derive(Clone, Debug)]
 pub(crate) struct Lack<B: Backend> {
-    /// `E[e x~^T] (H + l I)^-1 [out, in]`, so far as it is believed: the weight that gives as much of it as the student's inputs
+    /// `E[e x~^T] (H + l I)^-1 [out, in]`, so far as that is believed: the weight that gives as much of it as the student's inputs
     /// tell.
     pub(crate) weight: Tensor<B, 2>,
     /// `E[e]`: `[1, out]`
@@ -282,7 +269,6 @@ fn diagonal_mean<B: Backend>(matrix: &Tensor<B, 2>) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::TensorData;
     use burn_flex::Flex;
     use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 
