@@ -48,7 +48,7 @@ pub(crate) struct Moments<B: Backend> {
     part: f64,
     /// Tokens of equal weight that this rests on, those of a prior among them.
     evidence: f64,
-    /// What is on the diagonal of `second` without any tokens.
+    /// What is on the diagonal of `second` that is of no token.
     ridge: f32,
     /// How many tokens there were.
     pub(crate) tokens: usize,
@@ -157,9 +157,8 @@ impl<B: Backend> Moments<B> {
         let (this, prior) = (self.centered(), prior.centered());
         // Both as means, weighted by what they rest on.
         let own = this.evidence / (this.evidence + strength);
-        let scale = |sum: &Tensor<B, 2>, weight: f64, share: f64| {
-            sum.clone() * (if weight > 0.0 { share / weight } else { 0.0 }) as f32
-        };
+        let factor = |weight: f64, share: f64| (if weight > 0.0 { share / weight } else { 0.0 }) as f32;
+        let scale = |sum: &Tensor<B, 2>, weight: f64, share: f64| sum.clone() * factor(weight, share);
         let mix = |a: &Tensor<B, 2>, b: &Tensor<B, 2>| scale(a, this.weight, own) + scale(b, prior.weight, 1.0 - own);
         let [cross, squares, off] = &this.off;
         let [prior_cross, prior_squares, _] = &prior.off;
@@ -170,6 +169,7 @@ impl<B: Backend> Moments<B> {
             lack: this.lack.as_ref().map(|sums| sums.each_ref().map(|sum| scale(sum, this.weight, own))),
             weight: if this.weight > 0.0 { 1.0 } else { 0.0 },
             evidence: this.evidence + strength.min(prior.evidence),
+            ridge: this.ridge * factor(this.weight, own) + prior.ridge * factor(prior.weight, 1.0 - own),
             ..this
         }
     }
@@ -183,12 +183,12 @@ impl<B: Backend> Moments<B> {
         let own = this.evidence / (this.evidence + strength);
         let less = |sum: &Tensor<B, 2>| sum.clone() * own as f32;
         let [cross, squares, off] = &this.off;
-        let ridge = (1.0 - own) as f32 * mean;
+        let added = (1.0 - own) as f32 * mean;
         Self {
-            second: less(&this.second) + identity * ridge,
+            second: less(&this.second) + identity * added,
             off: [less(cross), less(squares), off.clone()],
             lack: this.lack.as_ref().map(|sums| sums.each_ref().map(less)),
-            ridge,
+            ridge: this.ridge * own as f32 + added,
             ..this
         }
     }

@@ -24,8 +24,8 @@ impl<B: Backend> Whitening<B> {
     /// The weight `[out, in]` that tells `y` from the inputs, by `E[y x^T] [out, in]` and `E[y^2] [1, out]`.
     ///
     /// For independent inputs each number of a weight, squared, is what is real of it and chance together. Chance is the same for
-    /// all of an output's: what the regression leaves of it over the tokens left to it, `n` less the ridge regression's degrees of
-    /// freedom. What is real is taken to be large where its row and its column have more than chance, and each number counts
+    /// all of an output's, but for a direction's share: what the regression leaves unexplained over the tokens left to it, those there
+    /// are less the ridge regression's degrees of freedom. What is real is taken to be large where its row and its column have more than chance, and each number counts
     /// by the real share of its square (a Wiener filter whose variances are estimated, as by empirical Bayes). Inputs that vary
     /// much tell more, so this keeps what one factor a row (James and Stein) loses.
     ///
@@ -72,7 +72,7 @@ mod tests {
         [all.clone().slice_dim(0, 0..TOKENS), all.slice_dim(0, TOKENS..2 * TOKENS)]
     }
 
-    /// The regression of `y` on `x` with what all tokens say as it is, and so far as it is believed.
+    /// The regression of `y` on `x`, all of it, and so far as it is believed with tokens worth `evidence`.
     fn regressions(x: Matrix, y: Matrix, ridge: f32, evidence: f64) -> [Matrix; 2] {
         let device = x.device();
         let mean = |sum: Matrix| sum / TOKENS as f32;
@@ -80,10 +80,9 @@ mod tests {
         let factor = inverse_factor(&host(second + Matrix::eye(INPUTS, &device) * ridge), INPUTS).unwrap();
         let factor = Matrix::from_data(TensorData::new(factor, [INPUTS; 2]), &device);
         let (cross, squares) = (mean(y.clone().transpose().matmul(x)), mean(y.square().sum_dim(0)));
-        let solved = |evidence, cross: &Matrix| {
+        [1e12, evidence].map(|evidence| {
             Whitening::new(factor.clone(), ridge, evidence).regression(cross.clone(), squares.clone(), 1.0)
-        };
-        [solved(1e12, &cross), solved(evidence, &cross)]
+        })
     }
 
     #[test]
