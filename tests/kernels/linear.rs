@@ -59,9 +59,12 @@ proptest! {
             let expected = naive(&weights, matrix, &x);
             for kernels in all_kernels() {
                 assert_same(&run(kernels, &weights, matrix, &x), &expected, &format!("{} {layout:?}", kernels.isa()));
-                // A token alone may have a kernel of its own.
-                for (x, expected) in x.chunks(layout.in_features).zip(expected.chunks(layout.rows)).take(2) {
-                    assert_same(&run(kernels, &weights, matrix, x), expected, &format!("{} alone {layout:?}", kernels.isa()));
+                // One token, and a few, may have a kernel of their own.
+                for few in [1, 3] {
+                    for (x, expected) in x.chunks(few * layout.in_features).zip(expected.chunks(few * layout.rows)).take(2) {
+                        let name = format!("{}, {few} tokens, {layout:?}", kernels.isa());
+                        assert_same(&run(kernels, &weights, matrix, x), expected, &name);
+                    }
                 }
             }
         }

@@ -2,8 +2,8 @@
 //!
 //! A product is cut by rows among the threads. A thread takes 64 rows at a time, which fit its cache, brings them
 //! into the one form the kernels know (t2 codes, a scale a block), and passes them by 8 tokens at a time, whose
-//! activations stay in the first cache level. So a row is read from memory once, whatever the batch. A token alone may be
-//! multiplied with t5 as it lies (`t5.rs`), and many tokens by matrix units (`tiles.rs`).
+//! activations stay in the first cache level. So a row is read from memory once, whatever the batch. A few tokens may be
+//! multiplied with t5 as it lies (`t5.rs`), and many by matrix units (`tiles.rs`).
 //!
 //! ```
 //! use ternoss_backends::{CodeFormat, TernaryLayout, cpu::{Kernels, TernaryMatrices, linear::ternary_linear, tokens::Tokens}};
@@ -39,6 +39,9 @@ pub(super) const TOKEN_TILE: usize = 8;
 
 /// Rows that are kept at hand while the tokens pass.
 pub(super) const ROW_TILE: usize = 64;
+
+/// Tokens that are multiplied with t5 as it lies, one after the other. For more, rows are sooner rewritten as t2.
+const STRAIGHT_TOKENS: usize = 4;
 
 /// Some rows of a plane as the kernels take them.
 #[derive(Debug, Clone, Copy)]
@@ -150,21 +153,19 @@ pub fn run(kernels: Kernels, products: Vec<Product<'_>>) {
     let mut pieces = Vec::new();
     for (n, Product { rows, tokens, bias, out }) in products.into_iter().enumerate() {
         pieces.extend(tasks::pieces(out, rows.layout().rows, parallel).into_iter().map(|piece| (n, piece)));
-        let straight = match tokens.as_slice() {
-            [token] if rows.layout().format == CodeFormat::T5 && kernels.multiply_t5() => Some(Straight::new(token)),
-            _ => None,
-        };
+        let few = rows.layout().format == CodeFormat::T5 && tokens.len() <= STRAIGHT_TOKENS && kernels.multiply_t5();
+        let straight = if few { tokens.iter().map(Straight::new).collect() } else { Vec::new() };
         let tiles = kernels.token_tiles(&tokens);
         inputs.push(Input { rows, tokens, straight, tiles, bias });
     }
     tasks::run(pieces, parallel, |(n, piece)| multiply(kernels, &inputs[n], piece));
 }
 
-/// A product's rows and tokens, and the tokens once more in the order of a special kernel.
+/// A product's rows and tokens, and the tokens once more in the order of a special kernel, if one is to take them.
 struct Input<'a> {
     rows: TernaryRows<'a>,
     tokens: Vec<Token<'a>>,
-    straight: Option<Straight<'a>>,
+    straight: Vec<Straight<'a>>,
     tiles: Option<TokenTiles>,
     bias: Option<&'a [f32]>,
 }
@@ -180,10 +181,14 @@ fn multiply(kernels: Kernels, input: &Input<'_>, mut piece: Piece<'_>) {
         let first = piece.first + start;
         for plane in 0..rows.layout().planes {
             let row_scales = rows.row_scales(plane, first, count);
-            if let Some(straight) = straight {
-                let totals = &mut totals[..count];
-                kernels.t5_totals(&scratch.t5_tile(rows, plane, first, count), straight, totals);
-                add_plane(totals, row_scales, tokens, plane == 0, start, &mut piece.out);
+            if !straight.is_empty() {
+                let tile = scratch.t5_tile(rows, plane, first, count);
+                let each = straight.iter().zip(tokens.chunks(1)).zip(piece.out.chunks_mut(1));
+                for ((straight, token), out) in each {
+                    let totals = &mut totals[..count];
+                    kernels.t5_totals(&tile, straight, totals);
+                    add_plane(totals, row_scales, token, plane == 0, start, out);
+                }
                 continue;
             }
             let tile = scratch.tile(kernels, rows, plane, first, count);

@@ -16,8 +16,8 @@ pub(in crate::cpu) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
     for (n, block) in t2.as_chunks_mut::<T2_BLOCK_BYTES>().0.iter_mut().enumerate() {
         let runs = t5.get(byte..).and_then(|rest| rest.first_chunk::<BLOCK>());
         let quarters = match (runs, FRACTION.get(digit)) {
-            (Some(runs), Some(fraction)) => quarters(runs, *fraction),
-            _ => one_by_one(t5, byte, digit, in_features - n * BLOCK),
+            (Some(runs), Some(fraction)) => quarters(runs, [_mm256_set1_epi16(*fraction as i16); 4]),
+            _ => pieced_together(t5, byte, digit, in_features - n * BLOCK),
         };
         let lower = _mm256_or_si256(quarters[0], _mm256_slli_epi16::<2>(quarters[1]));
         let upper = _mm256_or_si256(quarters[2], _mm256_slli_epi16::<2>(quarters[3]));
@@ -32,15 +32,15 @@ pub(in crate::cpu) fn t5_to_t2(t5: &[u32], in_features: usize, t2: &mut [u32]) {
     }
 }
 
-/// The same digit of 64 bytes, as 16-bit numbers.
+/// The digits of 64 bytes that the fractions say, as 16-bit numbers.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn quarters(bytes: &[u8; BLOCK], fraction: u16) -> [__m256i; 4] {
-    let mut quarters = [_mm256_setzero_si256(); 4];
+fn quarters(bytes: &[u8; BLOCK], fractions: [__m256i; 4]) -> [__m256i; 4] {
+    let mut quarters = fractions;
     for (quarter, run) in quarters.iter_mut().zip(bytes.as_chunks::<RUN>().0) {
         // SAFETY: the array has 16 bytes.
         let bytes = _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(run.as_ptr().cast()) });
-        let leading = _mm256_mullo_epi16(bytes, _mm256_set1_epi16(fraction as i16));
+        let leading = _mm256_mullo_epi16(bytes, *quarter);
         *quarter = _mm256_mulhi_epu16(leading, _mm256_set1_epi16(3));
     }
     quarters
@@ -48,16 +48,19 @@ fn quarters(bytes: &[u8; BLOCK], fraction: u16) -> [__m256i; 4] {
 
 /// The codes of at most `left` weights from a byte and digit on, where a digit or the row ends in between; then 1.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn one_by_one(t5: &[u8], mut byte: usize, mut digit: usize, left: usize) -> [__m256i; 4] {
-    let mut codes = [1u16; BLOCK];
-    for code in codes.iter_mut().take(left) {
+fn pieced_together(t5: &[u8], mut byte: usize, mut digit: usize, left: usize) -> [__m256i; 4] {
+    // Half of 2^16 leads to code 1.
+    let (mut bytes, mut fractions) = ([1; BLOCK], [1u16 << 15; BLOCK]);
+    let (mut at, end) = (0, left.min(BLOCK));
+    while at < end {
         while byte >= t5.len() {
             byte -= t5.len();
             digit += 1;
         }
-        let leading = u16::from(t5[byte]).wrapping_mul(FRACTION[digit]);
-        *code = u16::from(leading > 21_845) + u16::from(leading > 43_690);
-        byte += 1;
+        let run = (end - at).min(t5.len() - byte);
+        bytes[at..at + run].copy_from_slice(&t5[byte..byte + run]);
+        fractions[at..at + run].fill(FRACTION[digit]);
+        (at, byte) = (at + run, byte + run);
     }
-    bytemuck::cast(codes)
+    quarters(&bytes, bytemuck::cast(fractions))
 }
