@@ -17,7 +17,7 @@
 //! # Ok(()) }
 //! ```
 
-use std::ops::ControlFlow;
+use std::{ops::ControlFlow, time::Instant};
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use ternoss_backends::TernaryBackend;
@@ -110,11 +110,14 @@ pub trait LanguageModel {
                 last.lm_head.prepare_screen();
             }
             let mut hidden = self.prefill_hidden(prompt, cache)?;
-            let mut draft = Vec::new();
+            let (mut draft, mut started) = (Vec::new(), None);
             let mut finished = rules.max_tokens == 0;
             while !finished {
                 let accepted = last.accept(&draft, &hidden, &mut writing, sampler, rules, &mut on_token)?;
-                drafter.learn(draft.len(), accepted.drafted);
+                // The prompt's own step is none to compare with.
+                if let Some(started) = started.replace(Instant::now()) {
+                    drafter.learn(draft.len(), accepted.drafted, Instant::now() - started);
+                }
                 // What was guessed wrong went through the model in vain.
                 cache.truncate(cache.position() + accepted.drafted - draft.len());
                 finished = accepted.finished;
