@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn what_costs_more_than_it_saves_becomes_rare() {
-        // Of four tokens two are right: worth it where checking one costs a fifth of a step, not where it costs four.
+        // Of four tokens two are right: worth it where checking one costs a fifth of a step, not where it costs four fifths.
         for (cost, rare) in [(0.2, false), (0.8, true)] {
             let mut drafter = with_cost(cost);
             for _ in 0..30 {
@@ -167,7 +167,7 @@ mod tests {
             assert_eq!(drafter.pause > 8, rare, "cost {cost}: a pause of {}", drafter.pause);
             assert_eq!(drafter.length, if rare { 1 } else { 3 }, "cost {cost}");
         }
-        // No more than a step each: never worth it, however right.
+        // More than a step each: never worth it, however right.
         assert!(with_cost(1.1).pause > 8);
     }
 

@@ -269,7 +269,7 @@ impl Kernels {
         }
     }
 
-    /// Whether a token alone is multiplied with t5 rows as they lie. Where not, they are rewritten as t2 first.
+    /// Whether a few tokens are multiplied with t5 rows as they lie. Where not, these are rewritten as t2 first.
     fn multiply_t5(self) -> bool {
         match self.isa {
             #[cfg(target_arch = "x86_64")]
