@@ -116,7 +116,7 @@ pub trait LanguageModel {
                 let accepted = last.accept(&draft, &hidden, &mut writing, sampler, rules, &mut on_token)?;
                 // The prompt's own step is none to compare with.
                 if let Some(started) = started.replace(Instant::now()) {
-                    drafter.learn(draft.len(), accepted.drafted, Instant::now() - started);
+                    drafter.learn(draft.len(), accepted.drafted, started.elapsed());
                 }
                 // What was guessed wrong went through the model in vain.
                 cache.truncate(cache.position() + accepted.drafted - draft.len());

@@ -24,10 +24,11 @@ impl<B: Backend> Whitening<B> {
     /// The weight `[out, in]` that tells `y` from the inputs, by `E[y x^T] [out, in]` and `E[y^2] [1, out]`.
     ///
     /// For independent inputs each number of a weight, squared, is what is real of it and chance together. Chance is the same for
-    /// all of an output's, but for a direction's share: what the regression leaves unexplained over the tokens left to it, those there
-    /// are less the ridge regression's degrees of freedom. What is real is taken to be large where its row and its column have more than chance, and each number counts
-    /// by the real share of its square (a Wiener filter whose variances are estimated, as by empirical Bayes). Inputs that vary
-    /// much tell more, so this keeps what one factor a row (James and Stein) loses.
+    /// all of an output's, but for a direction's share: what the regression leaves unexplained over the tokens left to it, those
+    /// there are less the ridge regression's degrees of freedom. What is real is taken to be large where its row and its column
+    /// have more than chance, and each number counts by the real share of its square (a Wiener filter whose variances are
+    /// estimated, as by empirical Bayes). Inputs that vary much tell more, so this keeps what one factor a row (James and Stein)
+    /// loses.
     ///
     /// With `part < 1` this is one of several regressions of the same outputs that are added up, each times `part`: what is real adds
     /// up, chance cancels.
